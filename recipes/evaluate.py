@@ -234,16 +234,15 @@ def _measure_loss(
         in_training = training.about_sotu(val_tokens) if training else unknown
         dataset, bytes_per_token = data.validation, data.bytes_per_token
         description = f"sotu, {data.facts['validation']}"
-    elif holds_conversations(options.data, options.text_key):
-        in_training = training.about_file(options.data) if training else unknown
-        packing, bytes_per_token = settings.get("packing", True), None
-        dataset, description = load_answers(options.data, tokenizer, seq_len, packing=packing)
     else:
         in_training = training.about_file(options.data) if training else unknown
-        config = DataConfig(source="text", val_path=options.data, **settings)
-        dataset, bytes_per_token, description = load_validation(
-            config, open_file(options.data, config.text_key, config.cache_dir), tokenizer
-        )
+        if holds_conversations(options.data, options.text_key):
+            bytes_per_token, packing = None, settings.get("packing", True)
+            dataset, description = load_answers(options.data, tokenizer, seq_len, packing=packing)
+        else:
+            config = DataConfig(source="text", val_path=options.data, **settings)
+            corpus = open_file(options.data, config.text_key, config.cache_dir)
+            dataset, bytes_per_token, description = load_validation(config, corpus, tokenizer)
     device = find_device(options.device)
     result = evaluate(
         model.to(device),

@@ -332,8 +332,8 @@ constexpr bool DECODED = ISA == 1 && BLOCKED && !careful;
 constexpr float DECODED_UNIT = 16.0f;
 
 #if ISA == 1
-// Writes the codes of a row and returns the index of its first one in `bytes`, which has room for `columns` and 64 more. A
-// code fills the upper half of its byte and so keeps its sign.
+// Writes the codes of a row and returns the index of its first one in `bytes`, which has room for `columns` and MOST_READ
+// more. A code fills the upper half of its byte and so keeps its sign. Damaged offsets leave bytes as they are.
 inline int64_t decode_codes(const Matrix& w, int64_t row, int8_t* bytes) {
     const int64_t begin = w.begin(row), count = std::min(w.begin(row + 1) - begin, w.columns);
     const __m128i upper = _mm_set1_epi8(-16);

@@ -363,8 +363,8 @@ def _print_proofs(arguments: argparse.Namespace) -> int:
     counts = Counter(p.verdict for p in proofs)
     text = _aligned([("kernel", "configuration", "target", "rung", "verdict", ""), *rows]) + "\n"
     for rung in dict.fromkeys(p.rung for p in proofs):
-        found = Counter(p.verdict for p in proofs if p.rung == rung)
-        text += f"\n{rung}: " + ", ".join(f"{found[verdict]} {verdict}" for verdict in races.VERDICTS)
+        of_rung = Counter(p.verdict for p in proofs if p.rung == rung)
+        text += f"\n{rung}: " + ", ".join(f"{of_rung[verdict]} {verdict}" for verdict in races.VERDICTS)
     for target in (target for target in asked if target not in races.TARGETS):
         text += f"\n{target}: not covered, both rungs read PTX alone"
     sys.stdout.write((json.dumps([asdict(p) for p in proofs], indent=1) if arguments.json else text) + "\n")

@@ -43,7 +43,7 @@ CHOICES = {
 class SinkGD(LeanOptimizer):
     r"""SinkGD: stateless descent along the square-root Sinkhorn normalization of the gradient.
 
-    Start with ``create(model, "sinkgd")``, which needs no rate; the class has that of whole models, small for adapters.
+    Start with ``create(model, "sinkgd")``, whose rate follows from the model. The class's is that of a width of 128.
 
     For a matrix G (m, n), rows first::
 

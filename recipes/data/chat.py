@@ -136,7 +136,7 @@ def holds_conversations(path: str, text_key: str) -> bool:
     """Whether a file's first line is an example of these, without a column of texts."""
     try:
         row = json.loads(next(_lines(Path(path).expanduser()))) if path.endswith((".jsonl", ".jsonl.gz")) else None
-    except (OSError, ValueError, StopIteration):
+    except (OSError, ValueError, StopIteration, RecursionError):
         return False  # its reader says what is wrong
     keys = {*row} if isinstance(row, dict) else set()
     return text_key not in keys and ("messages" in keys or {"prompt", "completion"} <= keys)

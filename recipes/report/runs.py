@@ -117,7 +117,7 @@ def _meets(run: dict[str, Any], key: str, text: str) -> bool:
     if key not in run and key not in run["settings"]:
         return False
     value = run[key] if key in run else run["settings"][key]
-    wanted = number(text)
+    wanted = number(text)  # 1e-3 finds 0.001, too
     return fnmatch.fnmatchcase(flat(value)[""], text) or (wanted is not None and number(value) == wanted)
 
 

@@ -140,7 +140,7 @@ void multiply_rows(Matrix w, const Rows& rows, const Entry* x, float (&out)[ROWS
     Sum even[ROWS][TOKENS], odd[ROWS][TOKENS];
     int64_t at[ROWS];
     const int64_t room = w.columns + MOST_READ;
-    const std::unique_ptr<int8_t[]> decoded(new int8_t[DECODED<careful> ? ROWS * room : 0]);  // not cleared
+    const std::unique_ptr<int8_t[]> decoded(DECODED<careful> ? new int8_t[ROWS * room] : nullptr);  // not cleared
     w.decoded = decoded.get();
     for (int r = 0; r < ROWS; ++r) {
         at[r] = DECODED<careful> ? r * room + decode_codes(w, rows[r], decoded.get() + r * room) : w.begin(rows[r]);

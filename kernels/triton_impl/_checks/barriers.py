@@ -8,9 +8,10 @@ once more if the recorded sizes end it after one turn, so that barriers between 
 data ends it.
 
 One instruction may write a byte by several warps: Triton's reductions store an element so from all threads that hold
-it. A kernel is not covered if an address in shared memory depends on data, if a branch forward does that skips a
-barrier, other than to the end, or if the kernel has an instruction of which the accesses are not known here. Accesses
-to global memory are not compared. Where accesses follow from the launch alone, one schedule speaks for all.
+it. The verdict is then conditional: that they store one number is not verified. A kernel is not covered if an address
+in shared memory depends on data, if a branch forward does that skips a barrier, other than to the end, or if the kernel
+has an instruction of which the accesses are not known here. Accesses to global memory are not compared. Where accesses
+follow from the launch alone, one schedule speaks for all.
 """
 
 import re
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from leanstep.kernels.triton_impl._checks.races import NOT_COVERED, PROVED, RACE, Code, Proof
+from leanstep.kernels.triton_impl._checks.races import CONDITIONAL, NOT_COVERED, PROVED, RACE, SAME_NUMBER, Code, Proof
 
 # instructions of one program, and bytes of shared memory of the largest target
 _MOST_STEPS, _SHARED_BYTES, _WARP = 60_000, 233_472, 32
@@ -49,8 +50,11 @@ def prove(case: Any, target: str, ptx: str) -> Proof:
     """Verify the first and the last program of one configuration, an `AuditCase`, from its PTX."""
     verdict, reason = PROVED, ""
     try:
-        for program in dict.fromkeys([(0, 0, 0), tuple(n - 1 for n in (*case.grid, 1, 1)[:3])]):
-            _Program(case, ptx, program).run()
+        for index in dict.fromkeys([(0, 0, 0), tuple(n - 1 for n in (*case.grid, 1, 1)[:3])]):
+            program = _Program(case, ptx, index)
+            program.run()
+            if program.shared.is_written_twice:
+                verdict, reason = CONDITIONAL, SAME_NUMBER
     except _NotCovered as stop:
         verdict, reason = NOT_COVERED, str(stop)
     except _Fault as fault:
@@ -102,9 +106,9 @@ class _Program:
         self.code = Code(ptx, set(), 0)
         self.statements, self.labels = _parsed(ptx)
         if stop := next((s for s in self.statements if _UNKNOWN.match(s.name)), None):
-            raise _NotCovered(f"{stop.name} is not known, at {self.place(stop)}")
+            raise _NotCovered(f"{stop.name} is not known, at {self.source_of(stop)}")
         self.threads = self.code.threads
-        self.shared = _Shared(self.place)
+        self.shared = _Shared(self.source_of)
         self.arguments = [case.values[name] for name in case.kernel.arg_names if name in case.arguments]
         self.written = self.code.written()
         lanes = np.arange(self.threads)
@@ -114,8 +118,8 @@ class _Program:
         self.needed = self._needed()
         self.turned: dict[int, int] = {}
 
-    def place(self, statement: _Statement) -> str:
-        """The place in Python, and the instruction."""
+    def source_of(self, statement: _Statement) -> str:
+        """The line of Python, and the instruction."""
         return f"{self.code.sources[statement.line]} ({statement.name})"
 
     def _needed(self) -> set[str]:
@@ -143,7 +147,7 @@ class _Program:
             at[active] = position + 1
             if statement.parts[0] in ("bar", "barrier") and statement.parts[1] == "sync":
                 if statement.operands != ["0"]:
-                    raise _NotCovered(f"a barrier of some warps at {self.place(statement)}")
+                    raise _NotCovered(f"a barrier of some warps at {self.source_of(statement)}")
                 waiting |= active
             elif statement.parts[0] in ("bra", "ret", "exit"):
                 leaving = active & self._leaving(statement, position, active)
@@ -165,7 +169,7 @@ class _Program:
             rest = [*self.statements[:position], *self.statements[max(target, position + 1) :]]
             later = self.needed.intersection(name for s in rest for name in s.uses)
             if not skipped or any(s.parts[0] in _ORDERING or later.intersection(s.sets) for s in skipped):
-                raise _NotCovered(f"a branch that depends on data at {self.place(statement)}")
+                raise _NotCovered(f"a branch that depends on data at {self.source_of(statement)}")
             return ~self.all
         if statement.guard and target <= position:
             turned, goes_on = self.turned.pop(position, 0), bool((taken & active).any())
@@ -302,7 +306,7 @@ class _Program:
         operand = next(operand for operand in statement.operands if operand.startswith("["))
         addresses = self._address(operand)
         if addresses is None:
-            raise _NotCovered(f"an address that depends on data at {self.place(statement)}")
+            raise _NotCovered(f"an address that depends on data at {self.source_of(statement)}")
         if name in ("ldmatrix", "stmatrix"):
             size = 16
             count = next(int(part[1:]) for part in parts if re.fullmatch(r"x\d", part))
@@ -312,10 +316,10 @@ class _Program:
         else:
             vector = next((int(part[1:]) for part in parts if re.fullmatch(r"v\d", part)), 1)
             size = vector * int(parts[-1][1:]) // 8
-        places = (addresses[active, None] & 0xFFFFFFFF) + np.arange(size)
+        touched = (addresses[active, None] & 0xFFFFFFFF) + np.arange(size)
         owners = np.repeat(np.flatnonzero(active) // _WARP, size)
         kind = "read" if name in ("ld", "ldmatrix") else "write"
-        self.shared.access(kind, places.ravel(), owners, statement, "copy" if name == "cp" else "")
+        self.shared.access(kind, touched.ravel(), owners, statement, "copy" if name == "cp" else "")
 
     def _product(self, statement: _Statement, active: np.ndarray) -> None:
         """The reads of a product of matrices in shared memory, by the warps of its group."""
@@ -331,10 +335,10 @@ class _Program:
             for count, register, turned in sides:
                 descriptor = self._read(register, "b64")
                 if descriptor is None:
-                    raise _NotCovered(f"an address that depends on data at {self.place(statement)}")
+                    raise _NotCovered(f"an address that depends on data at {self.source_of(statement)}")
                 for warp in np.unique(np.flatnonzero(active) // _WARP):
-                    places = _matrix(int(descriptor[warp * _WARP]), count, turned)
-                    self.shared.access("read", places, np.full(places.size, warp), statement, "product")
+                    touched = _matrix(int(descriptor[warp * _WARP]), count, turned)
+                    self.shared.access("read", touched, np.full(touched.size, warp), statement, "product")
 
 
 def _matrix(descriptor: int, rows: int, transposed: bool) -> np.ndarray:
@@ -407,8 +411,10 @@ _COMPUTED: dict[str, Callable[..., np.ndarray]] = {
 class _Shared:
     """Which warps accessed each byte of shared memory since the last barrier, and what is on its way."""
 
-    def __init__(self, place: Callable[[_Statement], str]) -> None:
-        self.place = place
+    def __init__(self, source_of: Callable[[_Statement], str]) -> None:
+        self.source_of = source_of
+        # whether one instruction wrote one byte by several warps
+        self.is_written_twice = False
         self.warps = {kind: np.zeros(_SHARED_BYTES, np.uint32) for kind in ("read", "write")}
         self.by = {kind: np.zeros(_SHARED_BYTES, np.int32) for kind in ("read", "write")}
         self.statements: dict[int, _Statement] = {}
@@ -422,29 +428,33 @@ class _Shared:
         for warps in self.warps.values():
             warps[:] = 0
 
-    def access(self, kind: str, places: np.ndarray, owners: np.ndarray, statement: _Statement, queue: str) -> None:
+    def access(self, kind: str, touched: np.ndarray, owners: np.ndarray, statement: _Statement, queue: str) -> None:
         """Compare an access with those before it, and note it; with a queue, it ends when that is waited for."""
-        if places.size and int(places.max()) >= _SHARED_BYTES:
-            raise _Fault(f"an access outside of shared memory at {self.place(statement)}")
+        if touched.size and int(touched.max()) >= _SHARED_BYTES:
+            raise _Fault(f"an access outside of shared memory at {self.source_of(statement)}")
         bits = np.left_shift(1, owners).astype(np.uint32)
         for other in ("read", "write") if kind == "write" else ("write",):
-            if (met := places[(self.warps[other][places] & ~bits) > 0]).size:
-                before = self.place(self.statements[int(self.by[other][met[0]])])
-                raise _Fault(f"no barrier between the {other} at {before} and the {kind} at {self.place(statement)}")
-            if (not queue or kind != other) and self.flying[other][places].any():
-                raise _Fault(f"no wait for a {other} before the {kind} at {self.place(statement)}")
-        access = kind, places, owners, statement
+            if (met := touched[(self.warps[other][touched] & ~bits) > 0]).size:
+                before = self.source_of(self.statements[int(self.by[other][met[0]])])
+                raise _Fault(
+                    f"no barrier between the {other} at {before} and the {kind} at {self.source_of(statement)}"
+                )
+            if (not queue or kind != other) and self.flying[other][touched].any():
+                raise _Fault(f"no wait for a {other} before the {kind} at {self.source_of(statement)}")
+        pairs = np.unique(touched * _WARP + owners)
+        self.is_written_twice |= kind == "write" and bool((np.diff(pairs // _WARP) == 0).any())
+        access = kind, touched, owners, statement
         if queue:
-            np.add.at(self.flying[kind], places, 1)
+            np.add.at(self.flying[kind], touched, 1)
             self.open[queue].append(access)
         else:
             self._note(access)
 
     def _note(self, access: "_Access") -> None:
-        kind, places, owners, statement = access
+        kind, touched, owners, statement = access
         for warp in np.unique(owners):
-            self.warps[kind][places[owners == warp]] |= np.uint32(1 << warp)
-        self.by[kind][places] = statement.line
+            self.warps[kind][touched[owners == warp]] |= np.uint32(1 << warp)
+        self.by[kind][touched] = statement.line
         self.statements[statement.line] = statement
 
     def commit(self, queue: str) -> None:
@@ -456,9 +466,9 @@ class _Shared:
         """Wait for all groups but the last ones; their accesses lie before the next barrier."""
         groups = self.groups[queue]
         ended, self.groups[queue] = groups[: len(groups) - rest], groups[max(len(groups) - rest, 0) :]
-        for kind, places, owners, statement in (access for group in ended for access in group):
-            np.add.at(self.flying[kind], places, -1)
-            self._note((kind, places, owners, statement))
+        for kind, touched, owners, statement in (access for group in ended for access in group):
+            np.add.at(self.flying[kind], touched, -1)
+            self._note((kind, touched, owners, statement))
 
 
 _Access = tuple[str, np.ndarray, np.ndarray, _Statement]

@@ -33,6 +33,8 @@ import torch
 VERSION = "0.1.1"
 TARGETS = ("sm_80", "sm_90", "sm_100")
 PROVED, CONDITIONAL, RACE, NOT_COVERED = VERDICTS = ("proved", "conditional", "race", "not covered")
+# the reason of a conditional verdict
+SAME_NUMBER = "if threads that store one element twice store the same number"
 # programs along an axis of the grid
 _MOST_PROGRAMS = 3
 _MOST_RUNS, _MOST_TIME = 24, 5
@@ -83,7 +85,7 @@ def prove(case: Any, target: str, ptx: str, seconds: float = 120.0) -> Proof:
         code.last = True
         result = _run(code, launch, seconds, end)
         verdict = CONDITIONAL if _verdict(result) == PROVED else _verdict(result)
-    reason = "if threads that store one element twice store the same number" if verdict == CONDITIONAL else ""
+    reason = SAME_NUMBER if verdict == CONDITIONAL else ""
     return Proof(**names, verdict=verdict, reason=reason or code.explain(result))
 
 
