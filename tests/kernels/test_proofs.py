@@ -44,8 +44,8 @@ def test_a_kernel_that_reads_pointers_from_a_table_is_proved_within_its_time(mon
     assert proof(scaled_step, "scaled_step_kernel", "nearest").verdict == races.NOT_COVERED
 
 
-# (module, kernel, words of its configuration, verdict): copies, a product in shared memory, a loop whose warps store one
-# byte together, an end that depends on data
+# (module, kernel, words of its configuration, verdict): copies; a product in shared memory; a loop, with bytes that
+# warps store together; an end that depends on data
 BARRIERS = [
     ("matrices.newton_schulz", "symmetric_product_kernel", "wide bfloat16 aligned", races.PROVED),
     ("lora.products", "lora_up_kernel", "up bf16 rank 16", races.PROVED),
