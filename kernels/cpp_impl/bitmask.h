@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common.h"
+#include "eight_lanes.h"
 #include "instructions.h"
 
 namespace {
@@ -133,46 +134,16 @@ struct FloatVector {
 };
 #else
 constexpr int64_t LANES = 8;
+#if ISA == 0
 using Sum = float __attribute__((vector_size(32)));
+#endif
 
 inline Sum zero() { return Sum{}; }
 inline Sum add_scaled(Sum sum, float scale, Sum plus) { return sum * scale + plus; }
 inline float total(Sum sum) { return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7])); }
 
-#if ISA == 1
-// For each 8 bits of a mask, a shuffle that moves values of VALUE bytes to the upper bytes of lanes of LANE bytes: lane j
-// takes the value whose number is that of the set bits below j. Other bytes are 0x80, by which a shuffle writes zero.
-// Numbers of one byte may have another first one and distance.
-template <int LANE, int VALUE_BYTES, int FIRST = 0, int STEP = VALUE_BYTES>
-struct Shuffles {
-    alignas(32) uint8_t of[256][8 * LANE];
-    constexpr Shuffles() : of{} {
-        for (int mask = 0; mask < 256; ++mask) {
-            for (int i = 0, next = FIRST; i < 8 * LANE; ++i) {
-                const bool taken = mask >> (i / LANE) & 1, upper = i % LANE >= LANE - VALUE_BYTES;
-                of[mask][i] = taken && upper ? next + i % LANE - (LANE - VALUE_BYTES) : 0x80;
-                if (taken && i % LANE == LANE - 1) next += STEP;
-            }
-        }
-    }
-};
-template <int... LAYOUT>
-alignas(32) constexpr Shuffles<LAYOUT...> SHUFFLES;
-
-template <int... LAYOUT>
-inline __m256i shuffle(uint32_t mask) {
-    return _mm256_load_si256(reinterpret_cast<const __m256i*>(SHUFFLES<LAYOUT...>.of[mask]));
-}
-#endif
-
 struct FloatVector {
     Sum floats;
-    template <typename T>
-    static FloatVector load(const T* x) {
-        FloatVector vector;
-        for (int64_t j = 0; j < LANES; ++j) vector.floats[j] = widen(x[j]);
-        return vector;
-    }
     static FloatVector load_codes(const int4* codes, int64_t index) {
         FloatVector vector;
         for (int64_t j = 0; j < LANES; ++j) vector.floats[j] = code_at(codes, index + j);
@@ -180,55 +151,20 @@ struct FloatVector {
     }
     FloatVector scaled(float scale) const { return {floats * scale}; }
 #if ISA == 1
-    static FloatVector load(const float* x) { return {reinterpret_cast<Sum>(_mm256_loadu_ps(x))}; }
-    static FloatVector load(const bf16* x) {
-        const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-        return {reinterpret_cast<Sum>(_mm256_slli_epi32(wide, 16))};
-    }
-#if defined(__F16C__)
-    static FloatVector load(const fp16* x) {
-        return {reinterpret_cast<Sum>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))))};
-    }
-#endif
-    // the next values, moved to the lanes of a mask; reads 16 bytes, of floats 32
-    static FloatVector expand(const float* values, uint32_t mask) {
-        const __m256i lanes = _mm256_srli_epi32(shuffle<4, 1>(mask), 24);
-        const __m256 moved = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), lanes);
-        // 0x80 in the upper byte of a lane, the sign, says that its column is zero
-        const __m256 empty = reinterpret_cast<__m256>(shuffle<4, 1>(mask));
-        return {reinterpret_cast<Sum>(_mm256_blendv_ps(moved, _mm256_setzero_ps(), empty))};
-    }
-    static FloatVector expand(const bf16* values, uint32_t mask) {
-        const __m128i next = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
-        return {reinterpret_cast<Sum>(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(next), shuffle<4, 2>(mask)))};
-    }
-    static FloatVector expand(const fp16* values, uint32_t mask) {
-        const __m128i lanes = _mm_load_si128(reinterpret_cast<const __m128i*>(SHUFFLES<2, 2>.of[mask]));
-        fp16 moved[8];
-        const __m128i next = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(moved), _mm_shuffle_epi8(next, lanes));
-        return load(moved);
-    }
-    static FloatVector expand(const int8_t* values, uint32_t mask) {
-        int64_t next;
-        std::memcpy(&next, values, sizeof next);
-        const __m256i moved = _mm256_shuffle_epi8(_mm256_set1_epi64x(next), shuffle<4, 1>(mask));
-        return {reinterpret_cast<Sum>(_mm256_cvtepi32_ps(_mm256_srai_epi32(moved, 24)))};
-    }
-    // 8 codes of 4 bits in a word
-    static FloatVector expand_codes(uint64_t word, uint32_t mask) {
-        // a shift by 0x80 leaves nothing
-        const int64_t* shifts = reinterpret_cast<const int64_t*>(SHUFFLES<1, 1, 28, -4>.of[mask]);
-        const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(shifts)));
-        const __m256i moved = _mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int>(word)), lanes);
-        return {reinterpret_cast<Sum>(_mm256_cvtepi32_ps(_mm256_srai_epi32(moved, 28)))};
-    }
-    Sum times(FloatVector x, Sum plus) const {
-        return reinterpret_cast<Sum>(_mm256_fmadd_ps(
-            reinterpret_cast<__m256>(floats), reinterpret_cast<__m256>(x.floats), reinterpret_cast<__m256>(plus)
-        ));
-    }
+    template <typename T>
+    static FloatVector load(const T* x) { return {load_floats(x)}; }
+    // the next values, moved to the lanes of a mask
+    template <typename T>
+    static FloatVector expand(const T* values, uint32_t mask) { return {move_floats(values, mask)}; }
+    static FloatVector expand_codes(uint64_t word, uint32_t mask) { return {move_codes(word, mask)}; }
+    Sum times(FloatVector x, Sum plus) const { return multiply_add(floats, x.floats, plus); }
 #else
+    template <typename T>
+    static FloatVector load(const T* x) {
+        FloatVector vector;
+        for (int64_t j = 0; j < LANES; ++j) vector.floats[j] = widen(x[j]);
+        return vector;
+    }
     FloatVector expand(uint32_t mask) const {
         FloatVector vector = {Sum{}};
         for (int64_t j = 0, next = 0; j < LANES; ++j) {
@@ -333,17 +269,14 @@ constexpr float DECODED_UNIT = 16.0f;
 
 #if ISA == 1
 // Writes the codes of a row and returns the index of its first one in `bytes`, which has room for `columns` and MOST_READ
-// more. A code fills the upper half of its byte and so keeps its sign. Damaged offsets leave bytes as they are.
+// more. Damaged offsets leave bytes as they are.
 inline int64_t decode_codes(const Matrix& w, int64_t row, int8_t* bytes) {
     const int64_t begin = w.begin(row), count = std::min(w.begin(row + 1) - begin, w.columns);
-    const __m128i upper = _mm_set1_epi8(-16);
+    const uint8_t* codes = reinterpret_cast<const uint8_t*>(w.values);
     for (int64_t i = 0; i <= count; i += 32, bytes += 32) {
-        const auto* from = reinterpret_cast<const __m128i*>(reinterpret_cast<const uint8_t*>(w.values) + (begin + i) / 2);
+        const uint8_t* from = codes + (begin + i) / 2;
         __builtin_prefetch(reinterpret_cast<const char*>(from) + AHEAD);
-        const __m128i pairs = _mm_loadu_si128(from);
-        const __m128i low = _mm_and_si128(_mm_slli_epi16(pairs, 4), upper), high = _mm_and_si128(pairs, upper);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm_unpacklo_epi8(low, high));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes) + 1, _mm_unpackhi_epi8(low, high));
+        spread_codes(from, bytes);
     }
     return begin & 1;
 }

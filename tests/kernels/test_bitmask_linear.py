@@ -6,11 +6,12 @@ import sys
 import pytest
 import torch
 from covering import meeting
+from emulated import compute_with
 from kernel_cases import DTYPES, bits_equal, dtype_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanstep.kernels import backend_table, bitmask_linear, bitmask_pack, bitmask_quantize, bitmask_unpack, use_backend
-from leanstep.kernels.cpp_impl._build import library, why_not_cpp
+from leanstep.kernels.cpp_impl._build import why_not_cpp
 from leanstep.kernels.cpp_impl.sparse import linear as cpp
 from leanstep.kernels.reference.sparse import bitmask as reference
 from leanstep.kernels.sparse import linear
@@ -75,16 +76,16 @@ needs_cpp = pytest.mark.skipif(why_not_cpp() is not None, reason=f"needs the C++
 @pytest.mark.slow
 @needs_cpp
 @pytest.mark.parametrize(
-    ("dtype", "bits", "isa"),
-    meeting((torch.float32, torch.bfloat16, torch.float16), (0, 8, 4), range(len(cpp.INSTRUCTIONS) - 1)),
+    ("dtype", "bits", "instructions"),
+    [
+        *meeting(DTYPES, (0, 8, 4), cpp.INSTRUCTIONS[: cpp.BF16]),
+        *[(dtype, 0, "NEON") for dtype in DTYPES],
+        *[(torch.bfloat16, bits, "NEON") for bits in (8, 4)],
+    ],
     ids=dtype_name,
 )
-def test_products_by_the_instructions_of_older_processors(dtype, bits, isa, monkeypatch):
-    if isa > library("sparse/instructions", {}).instructions():
-        pytest.skip("this processor has no such instructions")
-    macros = cpp._macros
-    monkeypatch.setattr(cpp, "_macros", lambda x, values: macros(x, values) | {"ISA": isa})
-    monkeypatch.setattr(cpp, "runs_on_blas", lambda x: isa < cpp.AVX512)
+def test_products_by_the_instructions_of_other_processors(dtype, bits, instructions, monkeypatch):
+    compute_with(instructions, monkeypatch)
     monkeypatch.setattr(reference, "TILE", 4000)
     weight = sparse(43, 100, dtype=dtype)
     values, *layout = bitmask_pack(weight)
@@ -94,7 +95,7 @@ def test_products_by_the_instructions_of_older_processors(dtype, bits, isa, monk
     exact = bitmask_unpack(values, *layout, weight.shape, scales, torch.float64)
     for tokens in (1, 2, 4, 11, 30):
         x = torch.randn(tokens, 100).to(dtype)
-        rounded = bits and tokens > cpp.FEW and isa < cpp.AVX512
+        rounded = bits and tokens > cpp.FEW and cpp.runs_on_blas(x)
         tolerance = max(1e-6, torch.finfo(dtype).eps) if rounded else 1e-6
         with use_backend("cpp"):
             check_product(bitmask_linear(x, values, *layout, 100, None, scales), x, exact, None, tolerance)
@@ -102,13 +103,10 @@ def test_products_by_the_instructions_of_older_processors(dtype, bits, isa, monk
 
 @pytest.mark.slow
 @needs_cpp
-@pytest.mark.parametrize("isa", range(len(cpp.INSTRUCTIONS)), ids=lambda isa: cpp.INSTRUCTIONS[isa])
-def test_damaged_parts_never_read_outside_of_the_values(isa, monkeypatch):
+@pytest.mark.parametrize("instructions", cpp.INSTRUCTIONS)
+def test_damaged_parts_never_read_outside_of_the_values(instructions, monkeypatch):
     """NaN surrounds the values: a product that read one would be NaN."""
-    if isa > library("sparse/instructions", {}).instructions():
-        pytest.skip("this processor has no such instructions")
-    monkeypatch.setattr(cpp, "_macros", lambda x, values: {"X": "float", "VALUE": "float", "ISA": isa})
-    monkeypatch.setattr(cpp, "runs_on_blas", lambda x: isa < cpp.AVX512)
+    compute_with(instructions, monkeypatch)
     surrounded = torch.full((3000,), float("nan"))
     values = surrounded[1000:1300].fill_(1.0)
     full = torch.full((10, 4), -1, dtype=torch.int32)

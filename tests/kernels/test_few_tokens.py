@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from emulated import compute_with
 from kernel_cases import bits_equal, dtype_name
 
 from leanstep.kernels import few_token_linear, use_backend
-from leanstep.kernels.cpp_impl._build import library, why_not_cpp
+from leanstep.kernels.cpp_impl._build import why_not_cpp
 from leanstep.kernels.cpp_impl.sparse import linear as cpp
 from leanstep.kernels.matrices import few_tokens
 from leanstep.sparsity import to_few_token_linear
@@ -16,14 +17,11 @@ needs_cpp = pytest.mark.skipif(why_not_cpp() is not None, reason=f"needs the C++
 
 
 @needs_cpp
-@pytest.mark.parametrize("isa", range(len(cpp.INSTRUCTIONS)), ids=lambda isa: cpp.INSTRUCTIONS[isa])
+@pytest.mark.parametrize("instructions", cpp.INSTRUCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
-def test_products_against_float64(dtype, isa, dirty_memory, monkeypatch):
+def test_products_against_float64(dtype, instructions, dirty_memory, monkeypatch):
     """Rows that end inside a vector, rows shorter than one, and tiles of 1 to 8 tokens."""
-    if isa > library("sparse/instructions", {}).instructions():
-        pytest.skip("this processor has no such instructions")
-    macros = cpp._macros
-    monkeypatch.setattr(cpp, "_macros", lambda x, values: macros(x, values) | {"ISA": isa})
+    compute_with(instructions, monkeypatch)
     for columns in (5, 64, 333, 1024):
         weight, bias = torch.randn(37, columns).to(dtype), torch.randn(37).to(dtype)
         for tokens in (1, 2, 3, 8, 11):

@@ -139,8 +139,13 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "embedding models and classifiers": 551,
     },
     "lines of lora/": {"model cards": 7, "QLoRA": 15},
-    "lines of C++": {"products of bit masks by AVX2's byte shuffles": 65, "int4 by AVX2's byte shuffles": 39},
+    "lines of C++": {
+        "NEON": 132,
+        "products of bit masks by AVX2's byte shuffles": 65,
+        "int4 by AVX2's byte shuffles": 39,
+    },
     "lines of tests/": {
+        "NEON in an emulator": 114,
         "conversations in eval": 13,
         "what a new user met": 40,
         "missing barriers": 50,

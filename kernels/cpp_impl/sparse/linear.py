@@ -24,9 +24,9 @@ MANY = 1024
 # rows of a tile are whole blocks of the BLAS
 BLOCK = 64
 _CODES = {torch.int8: "int8_t", torch.uint8: "int4"}
-# by the number ISA of instructions.h
+# by the number of instructions.cpp
 AVX2, AVX512, BF16 = 1, 2, 3
-INSTRUCTIONS = ("plain loops", "AVX2", "AVX-512", "AVX-512 VBMI2 and BF16")
+INSTRUCTIONS = ("plain loops", "AVX2", "AVX-512", "AVX-512 VBMI2 and BF16", "NEON")
 
 
 def bitmask_linear(
@@ -118,7 +118,7 @@ def runs_on_blas(x: Tensor) -> bool:
 
 def has_avx512() -> bool:
     """Whether the products use AVX-512 on this processor."""
-    return bool(library("sparse/instructions", {}).instructions() >= AVX512)
+    return library("sparse/instructions", {}).instructions() in (AVX512, BF16)
 
 
 def token_chunks(tokens: int) -> Iterator[tuple[int, int]]:
