@@ -158,6 +158,9 @@ METHODS = {
     "sinkgd-balanced": Method(_SINKGD, "SinkGD, balanced embedding and head", (2e-2, 1e-2), _ADAMW,
                               embeddings="balanced", roles={"embedding": _UNSCALED, "head": _UNSCALED}),
     "lanton-plain": Method(_LANTON, "LANTON, plain", (2e-2, 2e-2), {"noise_adaptive": False}),
+    # differs from "muon" in the rule of embeddings, head and vectors alone
+    "lanton-matrices": Method(_LANTON, "LANTON, plain, with Muon's step of matrices", (1.6e-2, 1.6e-2),
+                              {"noise_adaptive": False, "nesterov": True, "scaling": "muon"}),
     "sgd": Method("torch.optim:SGD", "SGD with momentum", (7.8125e-5, 0.5), {"momentum": 0.9}),
     "s-mfac": Method(_MFAC, "S-MFAC", (6e-3, 3e-3), _SPARSE_MFAC),
     "adamw-default": Method("torch.optim:AdamW", "AdamW", None, {"fused": True}),

@@ -13,6 +13,7 @@ LIMITS = json.loads((Path(__file__).parent / "house.json").read_text("utf-8"))
 # whole new capabilities that needed room which nothing else could make: name of the number -> {capability: by how much}
 CAPABILITIES: dict[str, dict[str, int]] = {
     "lines of benchmarks/": {
+        "why LANTON trails Muon": 3,
         "what a new user met": 2,
         "missing barriers": 15,
         "SinkGD without a rate, adapters by width": 2,
@@ -145,7 +146,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "int4 by AVX2's byte shuffles": 39,
     },
     "lines of tests/": {
-        "NEON in an emulator": 114,
+        "NEON in an emulator": 118,
         "conversations in eval": 13,
         "what a new user met": 40,
         "missing barriers": 50,
