@@ -1,7 +1,5 @@
 """The operations that have Triton kernels, each on inputs of a given size, dtype and device."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -319,3 +317,38 @@ OPERATIONS = {
     "swiglu": Operation(_swiglu),
     "poly_features": Operation(_polynomials, (torch.float32,)),
 }
+
+# the operations that run the kernels of a module
+MODULES = {
+    "steps.lion_step": (
+        "lion_step", "lion_step, stochastic", "lion_step, kahan", "lion_step, master", "lion_step, split",
+        "lion_agreement",
+    ),
+    "steps.lion_int8": (
+        "lion_step_int8", "lion_step_int8, stochastic", "lion_step_int8, split", "lion_step_int8, fp8",
+        "lion_agreement_int8",
+    ),
+    "steps.adamw_int8": ("adamw_step_int8", "adamw_step_int8, split"),
+    "steps.average_int8": ("average_step_int8", "average_step_int8, nesterov"),
+    "steps.scaled_step": (
+        "scaled_step", "scaled_step, stochastic", "scaled_step, kahan", "scaled_step, master", "scaled_step, split",
+    ),
+    "matrices.sinkhorn": ("sinkhorn",),
+    "matrices.newton_schulz": ("newton_schulz, nuclear_norm",),
+    "fisher.gradient_window": ("row_dots", "linear_combination"),
+    "fisher.sparse_window": ("sparse_row_dots, sparse_linear_combination",),
+    "nm.mask": ("nm_mask",),
+    "nm.apply": ("nm_apply",),
+    "nm.matmul": ("nm_matmul",),
+    "sparse.linear": ("bitmask_linear",),
+    "lora.norms": ("lora_norms",),
+    "lora.products": ("lora_dropout", "lora_down, lora_down_backward, lora_up"),
+    "lora.scale": ("lora_scale",),
+    "lora.swiglu": ("swiglu",),
+    "poly.features": ("poly_features",),
+}  # fmt: skip
+# enough for several programs of each kernel
+SIZES = SimpleNamespace(
+    matrices=((70, 264), (5, 7), (40, 300)), balanced=((70, 40), (9, 8200), (3, 8195)), iterations=2, tokens=70,
+    width=192, products=((70, 66), (136, 144)), window=41, columns=9000, variables=9,
+)  # fmt: skip
