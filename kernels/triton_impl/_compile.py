@@ -143,7 +143,8 @@ def recorded_cases(launch_all: Callable[[], Promises]) -> list[AuditCase]:
 def configuration(kernel: Any, bound: Mapping[str, Any], num_warps: int, enable_fp_fusion: bool) -> dict[str, Any]:
     """What of a launch decides the compiled code: the fields of a `Launch` that are compared."""
     constants = {p.name: bound[p.name] for p in kernel.params if p.is_constexpr}
-    arguments = {name: mangle_type(value) for name, value in bound.items() if name not in constants}
+    types = {p.name: p.annotation_type for p in kernel.params}
+    arguments = {name: types[name] or mangle_type(value) for name, value in bound.items() if name not in constants}
     threads = num_warps * TARGETS["sm_90"].warp_size
     return dict(kernel=kernel, arguments=arguments, constants=constants, threads=threads, fp_fusion=enable_fp_fusion)
 

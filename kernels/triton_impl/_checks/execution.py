@@ -80,6 +80,26 @@ def execute(name: str, target: str) -> list[Proof]:
     ]  # fmt: skip
 
 
+def merged(executed: Sequence[Proof], cases: Sequence[tuple[Any, ...]], targets: Sequence[str]) -> list[Proof]:
+    """One proof per configuration: of the cases, (index, kernel, label, module), and of others that are not right."""
+    groups: dict[tuple[str, str, str], list[Proof]] = {
+        (kernel, label, target): [] for _, kernel, label, _ in cases for target in targets
+    }
+    for proof in executed:
+        name = proof.kernel, proof.label, proof.target
+        if name in groups or proof.verdict != RIGHT:
+            groups.setdefault(name, []).append(proof)
+    proofs = []
+    for (kernel, label, target), group in groups.items():
+        verdict = min((proof.verdict for proof in group), key=(WRONG, NOT_COVERED, RIGHT).index, default=NOT_COVERED)
+        reason = "; ".join(proof.reason for proof in group if proof.verdict == verdict)
+        proofs.append(
+            Proof(kernel=kernel, label=label, target=target, rung=RUNG, verdict=verdict,
+                  reason=reason or "no operation of the check launches it")
+        )  # fmt: skip
+    return proofs
+
+
 def label_of(kernel: Any, bound: Mapping[str, Any], settings: Mapping[str, Any], cases: Sequence[Any]) -> str:
     """The configuration of a launch in words; empty if the audit has none like it."""
     from leanstep.kernels.triton_impl import _compile

@@ -43,7 +43,7 @@ def _backward_tile(g_ptr, e_ptr, u_ptr, out_ptr, de_ptr, offs, mask):
 
 
 @triton.jit(do_not_specialize=["numel"])
-def swiglu_kernel(e_ptr, u_ptr, out_ptr, numel, BLOCK: tl.constexpr):
+def swiglu_kernel(e_ptr, u_ptr, out_ptr, numel: tl.int64, BLOCK: tl.constexpr):
     """The product of BLOCK elements."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
@@ -54,7 +54,7 @@ def swiglu_kernel(e_ptr, u_ptr, out_ptr, numel, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["numel"])
-def swiglu_backward_kernel(g_ptr, e_ptr, u_ptr, out_ptr, de_ptr, numel, BLOCK: tl.constexpr):
+def swiglu_backward_kernel(g_ptr, e_ptr, u_ptr, out_ptr, de_ptr, numel: tl.int64, BLOCK: tl.constexpr):
     """The gradients of BLOCK elements; u's gradient overwrites the output's."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
