@@ -122,7 +122,7 @@ def recorded_cases(launch_all: Callable[[], Promises]) -> list[AuditCase]:
         return data_ptr(tensor)
 
     def record(
-        kernel: Any, *values: Any, grid: Any, warmup: bool, num_warps: int, enable_fp_fusion: bool = True, **named: Any
+        kernel: Any, *values: Any, grid: Any, warmup: bool, num_warps: int, enable_fp_fusion: bool, **named: Any
     ) -> None:
         bound = dict(zip(kernel.arg_names, values, strict=False)) | named
         compiled = configuration(kernel, bound, num_warps, enable_fp_fusion)

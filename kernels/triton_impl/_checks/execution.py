@@ -104,7 +104,7 @@ def label_of(kernel: Any, bound: Mapping[str, Any], settings: Mapping[str, Any],
     """The configuration of a launch in words; empty if the audit has none like it."""
     from leanstep.kernels.triton_impl import _compile
 
-    compiled = _compile.configuration(kernel, bound, settings["num_warps"], settings.get("enable_fp_fusion", True))
+    compiled = _compile.configuration(kernel, bound, settings["num_warps"], settings["enable_fp_fusion"])
     alike = (case for case in cases if all(getattr(case, field) == value for field, value in compiled.items()))
     return next((str(case.label) for case in alike), "")
 
