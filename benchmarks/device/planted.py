@@ -51,7 +51,8 @@ FAULTS = {
     "overlapping stores": (r"(tl\.program_id\(0\)(?!\))(?:\.to\(tl\.int64\))?|\(entry & 0xFFFFFFFF\))", r"(\1 // 2)"),
     "swapped stride": (r" \* (stride_m|pitch|inner|columns|n|r)\b(?! =)", r" * (\1 + 1)"),
     "narrow accumulator": (r"(tl\.zeros\([^\n]*dtype=tl\.)float(?:32|64)\)", r"\1float16)"),
-    "32-bit index": (r"\.to\(tl\.int64\)(?! *\n)", ""),
+    # of what arithmetic follows on
+    "32-bit index": (r"\.to\(tl\.int64\)(?=\[| [-+*])", ""),
     "wrong rounding": (r"\b(round_to|rounded_parameter)\((?=\w+, )", r"_truncated_\1("),
 }
 MOVES = ("offset by one", "overlapping stores", "swapped stride", "mask of a store dropped")

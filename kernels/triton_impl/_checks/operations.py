@@ -12,6 +12,7 @@ from leanstep.kernels import (
     StepOptions,
     bitmask_linear,
     bitmask_pack,
+    bitmask_quantize,
     linear_combination,
     lion_agreement,
     lion_agreement_int8,
@@ -176,7 +177,9 @@ def _scaled(rounding: str, inputs: Inputs) -> list[Tensor]:
 def _newton_schulz(inputs: Inputs) -> list[Tensor]:
     dtype = None if inputs.wide else inputs.dtype
     matrices = [inputs.normal(*shape) for shape in inputs.sizes.products]
-    return [*newton_schulz(matrices, dtype=dtype), nuclear_norm(matrices, dtype=dtype)]
+    # after one step, the rounding of each product shows
+    once = newton_schulz(matrices, dtype=dtype, steps=1)
+    return [*once, *newton_schulz(matrices, dtype=dtype), nuclear_norm(matrices, dtype=dtype)]
 
 
 def _dots(inputs: Inputs) -> list[Tensor]:
@@ -229,9 +232,15 @@ def _compressed(inputs: Inputs) -> list[Tensor]:
 
 def _bitmask(inputs: Inputs) -> list[Tensor]:
     weight = inputs.activations()
-    weight = torch.where(weight > 0.3, weight, torch.zeros_like(weight))
-    packed, columns = bitmask_pack(weight), weight.shape[1]
-    return [bitmask_linear(inputs.normal(tokens, columns), *packed, columns) for tokens in (1, 6, 20)]
+    weight = torch.where(weight > 0.25, weight, torch.zeros_like(weight))
+    (values, mask, offsets), columns = bitmask_pack(weight), weight.shape[1]
+    codes, scales = bitmask_quantize(values.to(inputs.dtype), offsets, mask)
+    products = [bitmask_linear(inputs.normal(n, columns), values, mask, offsets, columns) for n in (1, 6, 20)]
+    # rows of the identity show how each code was rounded
+    rows = inputs.widened(torch.eye(20, columns, dtype=inputs.dtype, device=inputs.device))
+    for x in (inputs.normal(1, columns), inputs.normal(6, columns), rows):
+        products.append(bitmask_linear(x, codes, mask, offsets, columns, scales=scales))
+    return products
 
 
 def _dropout(inputs: Inputs) -> list[Tensor]:
@@ -356,6 +365,6 @@ MODULES = {
 }  # fmt: skip
 # enough for several programs of each kernel
 SIZES = SimpleNamespace(
-    matrices=((70, 264), (5, 7), (40, 300)), balanced=((70, 40), (9, 8200), (3, 8195)), iterations=2, tokens=70,
+    matrices=((70, 264), (5, 7), (40, 300)), balanced=((70, 40), (66, 8200), (3, 8195)), iterations=2, tokens=70,
     width=192, products=((70, 66), (136, 144)), window=41, columns=9000, variables=9,
 )  # fmt: skip
