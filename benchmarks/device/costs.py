@@ -5,9 +5,9 @@
 One configuration per kernel, the one with the most bf16 and then the largest tile, for sm_80, sm_90, sm_100 and gfx942.
 No GPU is needed, and nothing is measured on one. Bytes per element are those that the audit holds the kernel to.
 Instructions per element are those of the threads between the labels of the machine code's main loop ("loop"), which is
-the innermost loop with the most bytes in global accesses, or, where no loop of the source has them, those on the way
-of a tile that is whole ("kernel"). Turns that are unrolled count as their mean, by the bytes that they access. Of a
-kernel that passes several times over its elements, one pass is counted.
+the innermost loop with a tile's bytes in global accesses, or with the most. Where no loop of the source has them, they
+are those on the way of a tile that is whole ("kernel"). Turns that are unrolled count as their mean, by the bytes that
+they access. Of a kernel that passes several times over its elements, one pass is counted.
 Occupancy is warps resident / most, by registers, shared memory and threads. "Roofline" is the time of the bytes at the
 memory's bandwidth over the longer of this time and that of the instructions at one issue per cycle:
 
@@ -128,7 +128,10 @@ def instructions(text: str, loop: bool, threads: int, bytes_per_turn: float) -> 
         return ways[min(ways, key=lambda size: (abs(size * threads - bytes_per_turn), ways[size]))]
     spans = sorted(audit._loops(lines), key=lambda span: span[1] - span[0])
     bodies = [lines[first : last + 1] for first, last in spans]
-    size, body = max(((_accessed(body) * threads, body) for body in bodies), key=lambda pair: pair[0])
+    # loops around others move more
+    size, body = max(
+        ((_accessed(body) * threads, body) for body in bodies), key=lambda pair: min(pair[0], bytes_per_turn)
+    )
     return _count(body) / max(1, round(size / bytes_per_turn))
 
 
