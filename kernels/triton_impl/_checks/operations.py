@@ -177,8 +177,8 @@ def _scaled(rounding: str, inputs: Inputs) -> list[Tensor]:
 def _newton_schulz(inputs: Inputs) -> list[Tensor]:
     dtype = None if inputs.wide else inputs.dtype
     matrices = [inputs.normal(*shape) for shape in inputs.sizes.products]
-    # after one step, the rounding of each product shows
-    once = newton_schulz(matrices, dtype=dtype, steps=1)
+    # A^2 X: the rounding of each product shows
+    once = newton_schulz(matrices, dtype=dtype, steps=1, coefficients=[(0.0, 0.0, 1.0)])
     return [*once, *newton_schulz(matrices, dtype=dtype), nuclear_norm(matrices, dtype=dtype)]
 
 
