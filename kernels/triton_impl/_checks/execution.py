@@ -27,7 +27,8 @@ RIGHT, WRONG = "right", "wrong"
 
 def missing() -> str:
     """Why no kernel can be executed here, in one line; empty if ttsem is installed in the version in use."""
-    return races.other_version("ttsem", VERSION)
+    reason = races.other_version("ttsem", VERSION)
+    return reason and f"{reason}, which needs Python 3.12 or newer"
 
 
 def execute(name: str, target: str) -> list[Proof]:
