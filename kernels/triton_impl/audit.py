@@ -19,7 +19,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def measure(
         RuntimeError: if Triton is not installed.
     """
     with _pool(processes) as pool:
-        cases = pool.submit(_selected, match).result()
+        cases = _cases(pool, match)
         return list(pool.map(_measure, [(i, target, all_widths) for i, *_ in cases for target in targets], chunksize=4))
 
 
@@ -105,7 +105,7 @@ def prove(
     """
     absent = {rung: reason for rung in rungs if (reason := RUNGS[rung]())}
     with _pool(processes) as pool:
-        cases = pool.submit(_selected, match).result()
+        cases = _cases(pool, match)
         verified = [rung for rung in rungs if rung not in {*absent, execution.RUNG}]
         tasks = [(i, target, verified) for i, *_ in cases for target in targets]
         proofs = [proof for proofs in pool.map(_prove, tasks) for proof in proofs]
@@ -117,6 +117,11 @@ def prove(
         Proof(kernel=kernel, label=label, target=target, rung=rung, verdict=NOT_COVERED, reason=reason)
         for rung, reason in absent.items() for _, kernel, label, _ in cases for target in targets
     ]  # fmt: skip
+
+
+def _cases(pool: Executor, match: str | Collection[str] | None) -> list[tuple[int, str, str, str]]:
+    # a view of a dict, such as its values, cannot be sent to a process
+    return pool.submit(_selected, match if match is None or isinstance(match, str) else set(match)).result()
 
 
 def _pool(processes: int | None) -> ProcessPoolExecutor:
