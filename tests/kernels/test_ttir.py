@@ -8,8 +8,13 @@ import torch
 from planted import planted
 
 from leanstep.kernels.triton_impl._checks import execution
+from leanstep.kernels.triton_impl._checks.operations import MODULES, OPERATIONS
 
 pytest.importorskip("triton")
+
+
+def test_every_operation_runs_the_kernels_of_one_module():
+    assert sorted(name for names in MODULES.values() for name in names) == sorted(OPERATIONS)
 
 
 def test_a_table_means_the_storages_of_tensors_that_were_asked_for_their_address():
