@@ -30,9 +30,11 @@ def test_a_table_means_the_storages_of_tensors_that_were_asked_for_their_address
 
 def test_the_code_of_a_kernel_is_right_and_a_store_without_its_mask_is_found(tmp_path, monkeypatch):
     pytest.importorskip("ttsem")
+    answer = torch.cuda.is_available
     verdicts = [(proof.kernel, proof.label, proof.verdict) for proof in execution.execute("swiglu", "sm_90")]
     assert verdicts == [(f"swiglu_{name}kernel", "bfloat16", "right") for name in ("", "backward_")]
     swiglu = importlib.import_module("leanstep.kernels.triton_impl.lora.swiglu")
+    assert torch.cuda.is_available is answer  # ttsem's is gone
     changed = planted(swiglu, r"(tl\.store\([^\n]*), mask=[^\n]*\)\n", r"\1)\n", 0, tmp_path)
     monkeypatch.setattr(swiglu, "swiglu_kernel", changed.swiglu_kernel)
     (proof,) = execution.execute("swiglu", "sm_90")

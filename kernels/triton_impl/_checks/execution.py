@@ -33,7 +33,8 @@ def missing() -> str:
 
 def execute(name: str, target: str) -> list[Proof]:
     """Run an operation: a verdict for each configuration of a kernel that it launched."""
-    from ttsem import harness, sanitize
+    from triton.runtime.driver import driver
+    from ttsem import _fakedriver, harness, sanitize
 
     from leanstep.kernels.triton_impl import _compile
     from leanstep.kernels.triton_impl._checks.results import compare_small
@@ -62,6 +63,8 @@ def execute(name: str, target: str) -> list[Proof]:
         mock.patch.object(torch.Tensor, "data_ptr", tables.data_ptr),
         mock.patch.object(harness, "record_launch", record),
         mock.patch.object(harness, "Memory", memory),
+        # ttsem leaves a driver without a device, and answers of torch.cuda
+        mock.patch.object(driver, "_active", driver._active),
     ):
         try:
             with sanitize.session(cc=int(target.removeprefix("sm_")), cuda_is_cpu=False) as session:
@@ -74,6 +77,8 @@ def execute(name: str, target: str) -> list[Proof]:
             verdict, reason = WRONG, str(fault).partition(". A GPU run")[0]
         except sanitize.Unjudged as stop:
             verdict, reason = NOT_COVERED, str(stop)
+        finally:
+            _fakedriver.unstub_torch_cuda()
     return [
         Proof(kernel=kernel, label=label, target=target, rung=RUNG, verdict=verdict,
               reason=f"{name}, {count} launches" + f": {reason}" * bool(reason))
