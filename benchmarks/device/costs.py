@@ -5,9 +5,9 @@
 One configuration per kernel, the one with the most bf16 and then the largest tile, for sm_80, sm_90, sm_100 and gfx942.
 No GPU is needed, and nothing is measured on one. Bytes per element are those that the audit holds the kernel to.
 Instructions per element are those of the threads between the labels of the machine code's main loop ("loop"), which is
-the innermost loop with the most bytes in global accesses, or of the whole kernel where no loop of the source has any
-("kernel"). Code that is there more than once, for turns unrolled or for full and last tiles, counts as its mean, by the
-bytes that it accesses. Of a kernel that passes several times over its elements, one pass is counted.
+the innermost loop with a tile's bytes in global accesses, or with the most. Where no loop of the source has them, they
+are those on the way of a tile that is whole ("kernel"). Turns that are unrolled count as their mean, by the bytes that
+they access. Of a kernel that passes several times over its elements, one pass is counted.
 Occupancy is warps resident / most, by registers, shared memory and threads. "Roofline" is the time of the bytes at the
 memory's bandwidth over the longer of this time and that of the instructions at one issue per cycle:
 
@@ -100,8 +100,10 @@ def row(case: Any, target: str, divisor: int = 1) -> list[str]:
     text, table = _compile.disassemble(compiled)
     registers, shared = audit._resources(table)["registers"], compiled.metadata.shared
     moved = case.read + case.written
-    loop = any(map(sum, audit.loop_traffic(compiled.asm["ttir"])))
-    count = instructions(text, loop, case.threads, case.elements * (moved + case.cached))
+    promised = case.elements * (moved + case.cached)
+    # a loop that moves less is for the rest of a last tile; of those that share the bytes among them, each moves more
+    loop = 6 * max(map(sum, audit.loop_traffic(compiled.asm["ttir"])), default=0) > promised
+    count = instructions(text, loop, case.threads, promised)
     per_element = count * case.threads / case.elements
     warps = occupancy(target, registers, shared, case.threads)
     memory, issue = moved / device.bandwidth, per_element / device.lanes_per_second
@@ -117,14 +119,53 @@ _INSTRUCTION = re.compile(r"^\s+(?:/\*[0-9a-f]{4,}\*/\s|(?:[sv]|ds|global|buffer
 
 
 def instructions(text: str, loop: bool, threads: int, bytes_per_turn: float) -> float:
-    """Machine instructions of a thread, in one copy of the main loop's body or of the whole kernel."""
+    """Machine instructions of a thread, in one copy of the main loop's body or on the way of a whole tile."""
     from leanstep.kernels.triton_impl import audit
 
     lines = text.splitlines()
-    spans = sorted(audit._loops(lines), key=lambda span: span[1] - span[0]) if loop else []
-    bodies = [lines[first : last + 1] for first, last in spans] or [lines]
-    size, body = max(((_accessed(body) * threads, body) for body in bodies), key=lambda pair: pair[0])
-    return sum(bool(_INSTRUCTION.match(line)) for line in body) / max(1, round(size / bytes_per_turn))
+    if not loop:
+        ways = whole_ways(lines)
+        return ways[min(ways, key=lambda size: (abs(size * threads - bytes_per_turn), ways[size]))]
+    spans = sorted(audit._loops(lines), key=lambda span: span[1] - span[0])
+    bodies = [lines[first : last + 1] for first, last in spans]
+    # loops around others move more
+    size, body = max(
+        ((_accessed(body) * threads, body) for body in bodies), key=lambda pair: min(pair[0], bytes_per_turn)
+    )
+    return _count(body) / max(1, round(size / bytes_per_turn))
+
+
+def whole_ways(lines: list[str]) -> dict[int, int]:
+    """Bytes in global accesses on the ways through a kernel -> instructions on the shortest; loops turn once."""
+    from leanstep.kernels.triton_impl import audit
+
+    labels = {label[1]: i for i, line in enumerate(lines) if (label := audit._LABEL.match(line.strip()))}
+    starts, known = set(labels.values()), dict[int, dict[int, int]]()
+
+    def rest(first: int, before: frozenset[int]) -> dict[int, int]:
+        if first in known:
+            return known[first]
+        i, following, ends = first, list[int](), False
+        while i < len(lines) and not following and not ends:
+            line, branch = lines[i], audit._BRANCH.search(lines[i])
+            i += 1
+            ends = bool(re.search(r"\*/\s+EXIT|s_endpgm", line))
+            if branch:
+                following = [labels[branch[1] or branch[2]], *[i] * bool(re.search("@!?U?P|s_cbranch", line))]
+            elif i in starts:
+                following = [i]
+        size, count = _accessed(lines[first:i]), _count(lines[first:i])
+        after = [rest(each, before | {first}) for each in following if each not in before and each != first]
+        known[first] = {}
+        for more, others in (way for ways in after or [{0: 0}] for way in ways.items()):
+            known[first][size + more] = min(count + others, known[first].get(size + more, count + others))
+        return known[first]
+
+    return rest(0, frozenset())
+
+
+def _count(lines: list[str]) -> int:
+    return sum(bool(_INSTRUCTION.match(line)) for line in lines)
 
 
 def _accessed(lines: list[str]) -> int:

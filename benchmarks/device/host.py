@@ -3,13 +3,14 @@
     python benchmarks device/host
 
 Parameters and gradients are meta tensors, so nothing is allocated, and no kernel runs: launches of Triton are counted
-and end there. A tensor without memory raises an error where the host would read a number of the device; such a step
-"waits", and nothing else is known of it. Operations are torch's on tensors of the device, views and torch.empty left
-out; each is a launch or more on a device. Uploads are those of tables of pointers and programs, in a step that finds
-all tensors where they were. MiB is the most memory of a step beside its parameters, gradients and state. Milliseconds
-are the best of five steps, without a driver's work. Products are in bf16, as on a GPU that has it. Otherwise meta
-tensors take the way of a device without CUDA: pinned memory, streams and fused AdamW are not seen, so SinkGD is
-measured on its matrices alone.
+and end in a launcher that does nothing. "us per launch" is the host's time in one, compilation left out: Triton's
+arguments and cache, not the driver. Operations are torch's on tensors of the device, views and torch.empty left out;
+each is a launch or more on a device. Uploads are those of tables of pointers and programs, in a step that finds all
+tensors where they were. Reads are numbers of the device that the host waits for; here they are answered with zeros. MiB
+is the most memory of a step beside its parameters, gradients and state. Milliseconds are the best of five steps,
+without a driver's work; a step that reads has none, because answering takes longer. Products are in bf16, as on a GPU
+that has it, and AdamW is torch's fused one. Otherwise meta tensors take the way of a device without CUDA: pinned memory
+and streams are not seen.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import argparse
 import os
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -41,8 +42,9 @@ def main() -> int:
     PARSER.parse_args()
     rows = [[name, *measured(make)] for name, make in optimizers(*llama()).items()]
     print_table(
-        ["optimizer", "launches", "operations", "uploads, step 1", "uploads, step 2", "waits", "MiB", "ms"], rows
-    )
+        ["optimizer", "launches", "us per launch", "operations", "uploads, step 1", "uploads, step 2", "reads", "MiB",
+         "ms"], rows
+    )  # fmt: skip
     products = sum(flops(matrix.shape) for matrix in llama()[0])
     print(f"LANTON's polar factors: {products:.2e} operations, {products / PEAK:.2f} s at an H100's 989 TFLOP/s")
     return 0
@@ -72,9 +74,13 @@ def optimizers(hidden: list[Tensor], others: list[Tensor]) -> dict[str, Callable
         "Lion, int8 momentum": lambda: Lion(params, lr=1e-4, momentum_dtype=torch.int8).step,
         'Lion nonfinite="raise"': lambda: Lion(params, lr=1e-4, nonfinite="raise").step,
         "SinkGD, matrices": lambda: SinkGD(hidden, lr=1e-4, algorithm="sinkgd").step,
+        "SinkGD": lambda: (
+            SinkGD([{"params": hidden, "algorithm": "sinkgd"}, {"params": others, "algorithm": "adamw"}], lr=1e-4).step
+        ),
         "LANTON": lambda: LANTON(routed, lr=1e-4).step,
         "M-FAC, 8 rows": lambda: MFAC(params, lr=1e-4, window=8, damping=1.0).step,
         "torch AdamW foreach": lambda: torch.optim.AdamW(params, foreach=True).step,
+        "torch AdamW fused": lambda: torch.optim.AdamW(params, fused=True).step,
     }
 
 
@@ -105,13 +111,45 @@ class Operations(TorchDispatchMode):
         self.most_bytes = max(self.most_bytes, self.bytes)
 
 
+class Reads(TorchDispatchMode):
+    """Answers the host's reads of the device with zeros, and counts them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer, or run."""
+        named, source = kwargs or {}, args[0] if args else None
+        if isinstance(source, Tensor) and source.device.type == "meta":
+            copies = func is torch.ops.aten._to_copy.default and torch.device(named.get("device", "meta")).type == "cpu"
+            if copies or func is torch.ops.aten._local_scalar_dense.default:
+                self.count += 1
+                zeros = torch.zeros(source.shape, dtype=named.get("dtype") or source.dtype)
+                return zeros if copies else zeros.item()
+        return func(*args, **named)
+
+
+class NullDriver:
+    """A device for Triton whose launcher does nothing."""
+
+    utils = SimpleNamespace(
+        load_binary=lambda *_: (0, 0, 0, 0, 1024), get_device_properties=lambda _: {"max_shared_mem": 232_448}
+    )
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        from leanstep.kernels.triton_impl._compile import TARGETS
+
+        answers = {"get_current_target": TARGETS["sm_90"], "launcher_cls": lambda *_: None}
+        return lambda *_: answers.get(name, 0)
+
+
 def _storage(tensor: Tensor) -> int:
     """A number of a tensor's memory."""
     return tensor.untyped_storage()._cdata
 
 
 def measured(make: Callable[[], Step], repeats: int = 5) -> list[object]:
-    """Launches, operations of torch, uploads of the first and the second step, whether it waits, MiB, milliseconds."""
+    """The cells of a row after the name."""
+    from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
     from leanstep.kernels.triton_impl import _compile
@@ -119,36 +157,42 @@ def measured(make: Callable[[], Step], repeats: int = 5) -> list[object]:
 
     # import Triton and the kernels before the variable below is set, which would give them the interpreter
     _compile.modules()
-    launches: Counter[str] = Counter()
-    cache = _UploadCache()
+    launches: list[float] = []
+    run, cache = JITFunction.run, _UploadCache()
 
-    def launch(kernel: Any, *_: Any, **__: Any) -> None:
-        launches[kernel.__name__] += 1
+    def launch(kernel: Any, *arguments: Any, **named: Any) -> None:
+        begin = time.perf_counter()
+        run(kernel, *arguments, **named)
+        launches.append(time.perf_counter() - begin)
 
     # read when an operation chooses its backend
     with (
         mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}),
+        mock.patch.object(driver, "_active", NullDriver()),
         mock.patch.object(JITFunction, "run", launch),
         mock.patch("leanstep.kernels.triton_impl._multi_tensor._uploads", cache),
         mock.patch("leanstep.kernels.matrices.newton_schulz.compute_dtype", lambda dtype, _: dtype or torch.bfloat16),
+        mock.patch("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: ["meta"]),
+        mock.patch("leanstep.optimizers.sinkgd.adamw._get_fused_kernels_supported_devices", lambda: ["meta"]),
     ):
         step = make()
-        try:
+        with Reads() as reads:
             step()
-            first = cache.uploads
+            first, reads.count = cache.uploads, 0
             launches.clear()
             with Operations(tensors_of(step)) as operations:
                 step()
-            uploads, count, best = cache.uploads - first, launches.total(), float("inf")
-            for _ in range(repeats):
-                begin = time.perf_counter()
-                step()
-                best = min(best, time.perf_counter() - begin)
-        except (RuntimeError, NotImplementedError) as error:
-            if "meta" not in str(error):
-                raise
-            return ["-", "-", "-", "-", "yes", "-", "-"]
-    return [count, operations.count, first, uploads, "no", f"{operations.most_bytes / 2**20:.0f}", f"{1000 * best:.1f}"]
+        uploads, count, best = cache.uploads - first, len(launches), float("inf")
+        if reads.count:
+            repeats = 0
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            step()
+            best = min(best, time.perf_counter() - begin)
+    per_launch = f"{1e6 * min(launches):.0f}" if launches else "-"
+    milliseconds = f"{1000 * best:.1f}" if repeats else "-"
+    memory = f"{operations.most_bytes / 2**20:.0f}"
+    return [count, per_launch, operations.count, first, uploads, reads.count, memory, milliseconds]
 
 
 def tensors_of(step: Step) -> list[Tensor]:

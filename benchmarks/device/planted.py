@@ -25,7 +25,6 @@ import argparse
 import importlib
 import importlib.util
 import json
-import math
 import os
 import re
 import subprocess
@@ -33,35 +32,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 from common import print_table
 
+from leanstep.kernels.triton_impl._checks.operations import MODULES
+
 HELPERS = Path(__file__).parents[2] / "tests" / "helpers"
 PACKAGE = "leanstep.kernels.triton_impl"
-# the operations that run the kernels of a module
-MODULES = {
-    "steps.engine": ("lion_step", "lion_step, stochastic", "lion_step_int8", "adamw_step_int8", "lion_agreement_int8"),
-    "steps.lion_step": ("lion_step", "lion_step, stochastic", "lion_step, kahan", "lion_agreement"),
-    "steps.lion_int8": ("lion_step_int8", "lion_step_int8, stochastic", "lion_agreement_int8"),
-    "steps.adamw_int8": ("adamw_step_int8", "adamw_step_int8, split"),
-    "steps.average_int8": ("average_step_int8", "average_step_int8, nesterov"),
-    "steps.scaled_step": ("scaled_step", "scaled_step, stochastic", "scaled_step, kahan"),
-    "matrices.sinkhorn": ("sinkhorn",),
-    "matrices.newton_schulz": ("newton_schulz, nuclear_norm",),
-    "fisher.gradient_window": ("row_dots", "linear_combination"),
-    "fisher.sparse_window": ("sparse_row_dots, sparse_linear_combination",),
-    "nm.mask": ("nm_mask",),
-    "nm.apply": ("nm_apply",),
-    "nm.matmul": ("nm_matmul",),
-    "sparse.linear": ("bitmask_linear",),
-    "lora.norms": ("lora_norms",),
-    "lora.products": ("lora_dropout", "lora_down, lora_down_backward, lora_up"),
-    "lora.scale": ("lora_scale",),
-    "lora.swiglu": ("swiglu",),
-    "poly.features": ("poly_features",),
-}
 # modules without kernels of their own, and those that have them
 USERS = {"steps.engine": ("steps.lion_step", "steps.lion_int8", "steps.adamw_int8", "steps.average_int8")}
 # kind: (what stands there, what is put in its place)
@@ -72,19 +51,9 @@ FAULTS = {
     "overlapping stores": (r"(tl\.program_id\(0\)(?!\))(?:\.to\(tl\.int64\))?|\(entry & 0xFFFFFFFF\))", r"(\1 // 2)"),
     "swapped stride": (r" \* (stride_m|pitch|inner|columns|n|r)\b(?! =)", r" * (\1 + 1)"),
     "narrow accumulator": (r"(tl\.zeros\([^\n]*dtype=tl\.)float(?:32|64)\)", r"\1float16)"),
-    "32-bit index": (r"\.to\(tl\.int64\)(?! *\n)", ""),
+    # of what arithmetic follows on
+    "32-bit index": (r"\.to\(tl\.int64\)(?=\[| [-+*])", ""),
     "wrong rounding": (r"\b(round_to|rounded_parameter)\((?=\w+, )", r"_truncated_\1("),
-}
-# enough for several programs of each kernel
-SIZES = {
-    "matrices": ((70, 264), (5, 7), (40, 300)),
-    "balanced": ((70, 40), (9, 8200), (3, 8195)),
-    "tokens": 70,
-    "width": 192,
-    "products": ((70, 66), (136, 144)),
-    "window": 41,
-    "columns": 9000,
-    "variables": 9,
 }
 MOVES = ("offset by one", "overlapping stores", "swapped stride", "mask of a store dropped")
 TRUNCATED = """
@@ -117,7 +86,7 @@ def main() -> int:
         print(json.dumps(interpreted(*options.modules)))
         return 0
     found: dict[str, dict[str, list[str]]] = {}
-    for name in options.modules or MODULES:
+    for name in options.modules or [*USERS, *MODULES]:
         others = () if options.barriers else compiled(name, in_interpreter(name))
         for (function, kind, _), rungs in [*others, *barriers(name)]:
             label = f"{name.partition('.')[2]}.{function}"
@@ -221,16 +190,11 @@ def interpreted(name: str) -> list[str]:
 
 def judged(name: str) -> str:
     """What the interpreter's checks say of the operations of a module."""
-    import torch
-    from stages import Stage
+    from leanstep.kernels.triton_impl._checks.results import compare_small
 
-    kernels = importlib.import_module("device.kernels")
-    stage = Stage(torch.device("cpu"), SimpleNamespace(**kernels.DRY | SIZES), dry_run=True, out=None, end=math.inf)
     try:
-        for operation in MODULES[name]:
-            dtypes = kernels.OPERATIONS[operation].dtypes
-            dtype = torch.bfloat16 if torch.bfloat16 in dtypes else dtypes[0]
-            if not all(row["ok"] for row in kernels.compare(stage, operation, dtype)):
+        for operation in (each for user in users(name) for each in MODULES.get(user, ())):
+            if not compare_small(operation)["ok"]:
                 return "result"
     except Exception as error:
         return "accesses" if "AccessError" in repr(error) else "result"

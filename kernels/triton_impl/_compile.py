@@ -122,15 +122,12 @@ def recorded_cases(launch_all: Callable[[], Promises]) -> list[AuditCase]:
         return data_ptr(tensor)
 
     def record(
-        kernel: Any, *values: Any, grid: Any, warmup: bool, num_warps: int, enable_fp_fusion: bool = True, **named: Any
+        kernel: Any, *values: Any, grid: Any, warmup: bool, num_warps: int, enable_fp_fusion: bool, **named: Any
     ) -> None:
         bound = dict(zip(kernel.arg_names, values, strict=False)) | named
-        constants = {p.name: bound[p.name] for p in kernel.params if p.is_constexpr}
-        arguments = {name: mangle_type(value) for name, value in bound.items() if name not in constants}
-        threads = num_warps * TARGETS["sm_90"].warp_size
+        compiled = configuration(kernel, bound, num_warps, enable_fp_fusion)
         launch = Launch(
-            kernel=kernel, arguments=arguments, constants=constants, threads=threads, fp_fusion=enable_fp_fusion,
-            grid=tuple(grid), values={name: _value(bound[name]) for name in arguments},
+            **compiled, grid=tuple(grid), values={name: _value(bound[name]) for name in compiled["arguments"]},
             addresses=frozenset(addresses - {0}),
         )  # fmt: skip
         if launch not in launches:
@@ -141,6 +138,15 @@ def recorded_cases(launch_all: Callable[[], Promises]) -> list[AuditCase]:
     # launchers may use kernels of other modules
     promised = [launch for launch in launches if launch.kernel in promises]
     return [AuditCase(**vars(launch), **promises[launch.kernel](launch)) for launch in promised]
+
+
+def configuration(kernel: Any, bound: Mapping[str, Any], num_warps: int, enable_fp_fusion: bool) -> dict[str, Any]:
+    """What of a launch decides the compiled code: the fields of a `Launch` that are compared."""
+    constants = {p.name: bound[p.name] for p in kernel.params if p.is_constexpr}
+    types = {p.name: p.annotation_type for p in kernel.params}
+    arguments = {name: types[name] or mangle_type(value) for name, value in bound.items() if name not in constants}
+    threads = num_warps * TARGETS["sm_90"].warp_size
+    return dict(kernel=kernel, arguments=arguments, constants=constants, threads=threads, fp_fusion=enable_fp_fusion)
 
 
 def _value(value: Any) -> Any:

@@ -27,7 +27,8 @@ from torch import Tensor
 from leanstep.kernels.steps.common import StepOptions
 
 ALIGNMENT = 16  # bytes: the widest access of one thread
-_CACHE_BYTES = 32 << 20  # device memory of cached arrays; beyond it, the least recently used are dropped
+# device memory of cached arrays; beyond it, the least recently used are dropped. M-FAC on 7B parameters needs 113 MiB
+_CACHE_BYTES = 256 << 20
 
 
 @dataclass

@@ -4,7 +4,8 @@
 the machine code. It prints a table. It fails if a kernel spills, uses the stack, makes narrow accesses where it
 promises 128 bits, moves more bytes per element than it promises, or computes an offset in 32 bits that can pass 2^31.
 `leanstep audit --prove` verifies instead that the code for NVIDIA's targets has no races (`_checks/races.py`), and that
-no barrier is missing between accesses to shared memory (`_checks/barriers.py`).
+no barrier is missing between accesses to shared memory (`_checks/barriers.py`), and executes the intermediate code
+(`_checks/execution.py`).
 
 Triton's cache folder (TRITON_CACHE_DIR) keeps compiled kernels and measurements. This module imports without Triton.
 """
@@ -17,19 +18,21 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 from leanstep._arguments import OneLineParser
 from leanstep.kernels._backend import has_triton
-from leanstep.kernels.triton_impl._checks import barriers, offsets, races
+from leanstep.kernels.triton_impl._checks import barriers, execution, offsets, races
+from leanstep.kernels.triton_impl._checks.operations import MODULES
+from leanstep.kernels.triton_impl._checks.races import CONDITIONAL, NOT_COVERED, RACE, Proof
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# rung: what names the tool to install, where it is absent
+RUNGS = {"races": races.missing, "barriers": lambda: "", execution.RUNG: execution.missing}
 
-_Result = TypeVar("_Result")
 # tolerated bytes per element beyond the promise, such as a row's scale
 _SLACK = 0.07
 
@@ -81,39 +84,52 @@ def measure(
     Raises:
         RuntimeError: if Triton is not installed.
     """
-    return _in_processes(_measure, targets, match, processes, all_widths)
+    with _pool(processes) as pool:
+        cases = _cases(pool, match)
+        return list(pool.map(_measure, [(i, target, all_widths) for i, *_ in cases for target in targets], chunksize=4))
 
 
 def prove(
-    targets: Sequence[str] = races.TARGETS, match: str | Collection[str] | None = None, processes: int | None = None
-) -> list[races.Proof]:
+    targets: Sequence[str] = races.TARGETS,
+    match: str | Collection[str] | None = None,
+    processes: int | None = None,
+    rungs: Sequence[str] = tuple(RUNGS),
+) -> list[Proof]:
     """Verify the largest configuration of each kernel, or those of `match`, as for `measure`: a proof for each rung.
 
+    A rung whose tool is not installed in the version in use covers none. The rung "ttir" executes the operations that
+    launch the kernels; configurations that these launch besides get a proof, too, if that is not "right".
+
     Raises:
-        RuntimeError: if Triton or the version of SentryWard in use is not installed.
+        RuntimeError: if Triton is not installed.
     """
-    if reason := races.missing():
-        raise RuntimeError(reason)
-    return [proof for proofs in _in_processes(_prove, targets, match, processes) for proof in proofs]
+    absent = {rung: reason for rung in rungs if (reason := RUNGS[rung]())}
+    with _pool(processes) as pool:
+        cases = _cases(pool, match)
+        verified = [rung for rung in rungs if rung not in {*absent, execution.RUNG}]
+        tasks = [(i, target, verified) for i, *_ in cases for target in targets]
+        proofs = [proof for proofs in pool.map(_prove, tasks) for proof in proofs]
+        if execution.RUNG in rungs and execution.RUNG not in absent:
+            operations = dict.fromkeys(name for *_, module in cases for name in MODULES[module])
+            executed = pool.map(_execute, [(name, target) for name in operations for target in targets])
+            proofs += execution.merged([proof for proofs in executed for proof in proofs], cases, targets)
+    return proofs + [
+        Proof(kernel=kernel, label=label, target=target, rung=rung, verdict=NOT_COVERED, reason=reason)
+        for rung, reason in absent.items() for _, kernel, label, _ in cases for target in targets
+    ]  # fmt: skip
 
 
-def _in_processes(
-    work: Callable[..., _Result],
-    targets: Sequence[str],
-    match: str | Collection[str] | None,
-    processes: int | None,
-    *settings: Any,
-) -> list[_Result]:
+def _cases(pool: Executor, match: str | Collection[str] | None) -> list[tuple[int, str, str, str]]:
+    # a view of a dict, such as its values, cannot be sent to a process
+    return pool.submit(_selected, match if match is None or isinstance(match, str) else set(match)).result()
+
+
+def _pool(processes: int | None) -> ProcessPoolExecutor:
     if not has_triton():
         raise RuntimeError("the kernel audit needs the triton package (Linux on x86-64), and it is not installed")
     # torch has threads, so processes must not be forked; spawned ones can also import Triton without its interpreter
     context = multiprocessing.get_context("spawn")
-    processes = processes or os.cpu_count() or 1
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_leave_interpreter) as pool:
-        names = match if match is None or isinstance(match, str) else set(match)
-        matching = pool.submit(_matching, names).result()
-        tasks = [(i, target, *settings) for i in matching for target in targets]
-        return list(pool.map(work, tasks, chunksize=4))
+    return ProcessPoolExecutor(processes or os.cpu_count() or 1, mp_context=context, initializer=_leave_interpreter)
 
 
 def problems(measured: Measurement) -> list[str]:
@@ -146,24 +162,34 @@ def _leave_interpreter() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
 
 
-def _matching(match: str | Collection[str] | None) -> list[int]:
+def _selected(match: str | Collection[str] | None) -> list[tuple[int, str, str, str]]:
+    """(index, kernel, label, module) of the cases whose name matches, or of the largest of each kernel."""
     from leanstep.kernels.triton_impl import _compile
 
     cases = _compile.cases()
-    if match is None:
-        largest = set(map(id, _compile.largest(cases)))
-        return [i for i, case in enumerate(cases) if id(case) in largest]
-    names = [f"{case.kernel.__name__} {case.label}" for case in cases]
-    return [i for i, name in enumerate(names) if (match in name if isinstance(match, str) else name in match)]
+    largest = set(map(id, _compile.largest(cases))) if match is None else set()
+    selected = []
+    for i, case in enumerate(cases):
+        kernel, module = case.kernel.__name__, case.kernel.__module__.removeprefix(f"{_compile.package.__name__}.")
+        name = f"{kernel} {case.label}"
+        if id(case) in largest if match is None else match in name if isinstance(match, str) else name in match:
+            selected.append((i, kernel, case.label, module))
+    return selected
 
 
-def _prove(task: tuple[int, str]) -> list[races.Proof]:
+def _prove(task: tuple[int, str, Sequence[str]]) -> list[Proof]:
     from leanstep.kernels.triton_impl import _compile
 
-    index, target = task
+    index, target, rungs = task
+    if not rungs:
+        return []
     case = _compile.cases()[index]
     ptx = _compile.compile_case(case, target).asm["ptx"]
-    return [races.prove(case, target, ptx), barriers.prove(case, target, ptx)]
+    return [{"races": races, "barriers": barriers}[rung].prove(case, target, ptx) for rung in rungs]
+
+
+def _execute(task: tuple[str, str]) -> list[Proof]:
+    return execution.execute(*task)
 
 
 def _measure(task: tuple[int, str, bool]) -> Measurement:
@@ -325,7 +351,11 @@ def _format_widths(widths: dict[int, int]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the audit. Return 1 for a problem or a race, 2 if it cannot run here, 3 for kernels that are not proved."""
+    """Print the audit.
+
+    Return 1 for a problem, a race or a wrong result, 2 if the audit or a rung cannot run here, and 3 for kernels that
+    are not proved.
+    """
     parser = OneLineParser(
         prog="leanstep audit",
         description="Compile every Triton kernel for every target, without a GPU, and print a table. "
@@ -336,12 +366,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, help="compile in this many processes (default: one per core)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
-        "--prove", action="store_true", help="verify that the code for NVIDIA's targets has no races (extra prove); "
-        "without --match, that of the largest configuration of each kernel"
+        "--prove", nargs="*", choices=tuple(RUNGS), metavar="RUNG", help="verify instead that the code for NVIDIA's "
+        "targets has no races, misses no barriers, and computes the definition's results (extra prove), or what is "
+        f"named of {', '.join(RUNGS)}; without --match, the largest configuration of each kernel"
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     try:
-        if arguments.prove:
+        if arguments.prove is not None:
             return _print_proofs(arguments)
         measurements = measure(arguments.target or TARGETS, arguments.match or "", arguments.processes)
     except RuntimeError as error:
@@ -357,17 +388,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print_proofs(arguments: argparse.Namespace) -> int:
-    asked = arguments.target or TARGETS
-    proofs = prove([target for target in asked if target in races.TARGETS], arguments.match, arguments.processes)
+    asked, rungs = arguments.target or TARGETS, arguments.prove or list(RUNGS)
+    proofs = prove([target for target in asked if target in races.TARGETS], arguments.match, arguments.processes, rungs)
     rows = [(p.kernel, p.label, p.target, p.rung, p.verdict, p.reason) for p in proofs]
-    counts = Counter(p.verdict for p in proofs)
     text = _aligned([("kernel", "configuration", "target", "rung", "verdict", ""), *rows]) + "\n"
     for rung in dict.fromkeys(p.rung for p in proofs):
         of_rung = Counter(p.verdict for p in proofs if p.rung == rung)
-        text += f"\n{rung}: " + ", ".join(f"{of_rung[verdict]} {verdict}" for verdict in races.VERDICTS)
+        text += f"\n{rung}: " + ", ".join(f"{count} {verdict}" for verdict, count in of_rung.items())
     for target in (target for target in asked if target not in races.TARGETS):
-        text += f"\n{target}: not covered, both rungs read PTX alone"
+        text += f"\n{target}: not covered, no rung takes its code"
     sys.stdout.write((json.dumps([asdict(p) for p in proofs], indent=1) if arguments.json else text) + "\n")
-    if counts[races.RACE] or not proofs:
+    verdicts = {p.verdict for p in proofs}
+    if not proofs or verdicts & {RACE, execution.WRONG}:
         return 1
-    return 3 if counts[races.CONDITIONAL] or counts[races.NOT_COVERED] else 0
+    if any(RUNGS[rung]() for rung in rungs):
+        return 2
+    return 3 if verdicts & {CONDITIONAL, NOT_COVERED} else 0

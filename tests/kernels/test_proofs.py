@@ -1,12 +1,13 @@
 """Kernels are verified to have no races: a planted race has a witness, and nothing counts as proved that was not."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from planted import planted
 
 from leanstep.kernels.triton_impl import audit
-from leanstep.kernels.triton_impl._checks import barriers, races
+from leanstep.kernels.triton_impl._checks import barriers, execution, races
 
 pytest.importorskip("triton")
 pytest.importorskip("sentryward")
@@ -91,40 +92,82 @@ def test_a_planted_overlap_is_found_with_both_accesses(tmp_path, name, kernel, p
     assert "by program 1" in found.reason
 
 
+class InThisProcess:
+    """Runs the work of a pool here."""
+
+    def __init__(self, processes):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, work, *arguments):
+        return SimpleNamespace(result=lambda: work(*arguments))
+
+    def map(self, work, tasks, chunksize=1):
+        return map(work, tasks)
+
+
 def test_the_command_says_what_is_proved_and_what_is_not_covered(capsys, monkeypatch):
     from leanstep.kernels.triton_impl import _compile
 
-    def in_this_process(work, targets, match, processes):
-        return [work((i, target)) for i in audit._matching(match) for target in targets]
-
-    monkeypatch.setattr(audit, "_in_processes", in_this_process)
-    assert audit.main(["--prove", "--match", "nm_mask_kernel s 32 bits m 2", "--target", "sm_90"]) == 0
+    monkeypatch.setattr(audit, "_pool", InThisProcess)
+    asked = ["--prove", "races", "barriers", "--target", "sm_90", "--match"]
+    assert audit.main([*asked, "nm_mask_kernel s 32 bits m 2"]) == 0
     said = capsys.readouterr().out
     assert all(f"nm_mask_kernel  s 32 bits m 2  sm_90   {rung}  proved" in said for rung in ("races   ", "barriers"))
-    asked = ["--prove", "--match", "sparse_combination_kernel v float32 64", "--target", "sm_90", "--target", "gfx942"]
+    asked = [*asked, "sparse_combination_kernel v float32 64", "--target", "gfx942"]
     assert audit.main(asked) == 3
     said = capsys.readouterr().out
     assert "not covered  unsupported, dynamic_address_overlap_unresolved" in said
-    assert "gfx942: not covered, both rungs read PTX alone" in said
+    assert "gfx942: not covered, no rung takes its code" in said
     assert audit.main([*asked, "--json"]) == 3
     rows = json.loads(capsys.readouterr().out)
     assert [(row["rung"], row["verdict"]) for row in rows] == [("races", "not covered"), ("barriers", "proved")]
-    assert audit.main(["--prove", "--match", "no such kernel"]) == 1
+    assert audit.main(["--prove", "races", "--match", "no such kernel"]) == 1
     cases = _compile.cases()
-    assert {cases[i].kernel for i in audit._matching(None)} == {case.kernel for case in cases}
+    assert {cases[i].kernel for i, *_ in audit._selected(None)} == {case.kernel for case in cases}
 
 
 @pytest.mark.parametrize("installed", ["0.2.0", None])
-def test_without_the_tool_or_with_another_version_the_command_says_so(monkeypatch, capsys, installed):
+def test_a_rung_without_its_tool_or_with_another_version_says_so_and_the_others_run(monkeypatch, capsys, installed):
     def version(name):
         if installed is None:
             raise races.PackageNotFoundError(name)
         return installed
 
     monkeypatch.setattr(races, "version", version)
-    assert audit.main(["--prove"]) == 2
-    said = capsys.readouterr().err
-    assert f"expected sentryward {races.VERSION}, found {installed or 'none'}" in said and said.count("\n") == 1
+    monkeypatch.setattr(audit, "_pool", InThisProcess)
+    assert audit.main(["--prove", "--target", "sm_90", "--match", "nm_mask_kernel s 32 bits m 2", "--json"]) == 2
+    rows = {row["rung"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["barriers"]["verdict"] == "proved"
+    for rung, tool in (("races", f"sentryward {races.VERSION}"), ("ttir", f"ttsem {execution.VERSION}")):
+        assert rows[rung]["verdict"] == "not covered"
+        assert f"expected {tool}, found {installed or 'none'}; pip install" in rows[rung]["reason"]
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("right", 3), ("wrong", 1)])
+def test_a_wrong_result_of_any_configuration_is_told_and_one_that_is_not_launched_is_not_covered(
+    monkeypatch, capsys, verdict, code
+):
+    def executed(name, target):
+        proofs = ((case, "right") for case in ("s 32 bits m 2", "s 32 bits m 4")) if name == "nm_mask" else ()
+        other = races.Proof(kernel="other", label="", target=target, verdict=verdict, rung="ttir", reason=name)
+        names = dict(kernel="nm_mask_kernel", target=target, rung="ttir", reason=name)
+        return [other, *(races.Proof(**names, label=label, verdict=said) for label, said in proofs)]
+
+    monkeypatch.setattr(audit, "_pool", InThisProcess)
+    monkeypatch.setattr(execution, "missing", lambda: "")
+    monkeypatch.setitem(audit.RUNGS, "ttir", lambda: "")
+    monkeypatch.setattr(execution, "execute", executed)
+    assert audit.main(["--prove", "ttir", "--target", "sm_90", "--match", "nm_mask_kernel s 32", "--json"]) == code
+    rows = {(row["kernel"], row["label"]): row for row in json.loads(capsys.readouterr().out)}
+    assert rows["nm_mask_kernel", "s 32 bits m 2"]["verdict"] == "right"
+    assert rows["nm_mask_kernel", "s 32 bits m 8"]["reason"] == "no operation of the check launches it"
+    assert (("other", "") in rows) == (verdict == "wrong")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from leanstep.kernels.triton_impl._checks.results import bits_equal, kernels, measure
 from leanstep.recipes.config import loader
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +59,7 @@ def test_a_dry_run_of_every_stage_and_its_resumption(modules, tmp_path):
         assert modules.stages.rows_of(content)
     # the comparisons run every kernel that the audit compiles
     launched = [row["kernels"].split(", ") for row in modules.stages.rows_of(results["kernels"])]
-    assert {name for names in launched for name in names} == set(modules.kernels.kernels())
+    assert {name for names in launched for name in names} == set(kernels())
     assert all(f"### {name}" in (tmp_path / "results.md").read_text() for name in modules.gpu.STAGES)
     # nothing is measured twice; of an unfinished stage, only what is missing
     content = results["bandwidth"]
@@ -307,16 +308,15 @@ def test_pytest_reports_become_rows(modules):
     assert [tests.row_of("x", skipped, dry_run)["ok"] for dry_run in (False, True)] == [False, True]
 
 
-def test_a_wrong_kernel_is_noticed(modules):
+def test_a_wrong_kernel_is_noticed():
     exact = torch.linspace(-1, 1, 1000, dtype=torch.float64)
     definition = exact.float()
-    measure = modules.kernels.measure
     assert measure(definition.clone(), definition, exact).sound
     for damage in (1e-5, float("nan"), float("inf")):
         actual = definition.clone()
         actual[7] += damage
         assert not measure(actual, definition, exact).sound, damage
-        assert not modules.kernels.bits_equal(actual, definition)
+        assert not bits_equal(actual, definition)
 
 
 def dry_stage(module):

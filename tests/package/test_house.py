@@ -14,6 +14,8 @@ LIMITS = json.loads((Path(__file__).parent / "house.json").read_text("utf-8"))
 CAPABILITIES: dict[str, dict[str, int]] = {
     "lines of benchmarks/": {
         "why LANTON trails Muon": 3,
+        "the ladder as one command, to kernels/": -593,
+        "time per launch, reads of the device, whole tiles": 86,
         "what a new user met": 2,
         "missing barriers": 15,
         "SinkGD without a rate, adapters by width": 2,
@@ -73,6 +75,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
     },
     "lines of sparsity/": {"compress to sparse files": 59, "model cards": 5, "sparse products prepared once": 1},
     "lines of kernels/": {
+        "the ladder as one command, from benchmarks/": 693,
         "missing barriers": 481,
         "LANTON with few launches": 15,
         "kernel proofs": 232,
@@ -103,6 +106,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "embedding models and classifiers": 156,
     },
     "lines of the package": {
+        "the ladder as one command, from benchmarks/": 693,
         "conversations in eval": 27,
         "what a new user met": 38,
         "missing barriers": 477,
@@ -147,6 +151,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
     },
     "lines of tests/": {
         "NEON in an emulator": 118,
+        "the ladder as one command": 41,
         "conversations in eval": 13,
         "what a new user met": 40,
         "missing barriers": 50,

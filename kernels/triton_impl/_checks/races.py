@@ -43,7 +43,7 @@ _RACES = ("potential_race", "not_wellsynced", "invalid_lifecycle")
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """What a rung, "races" or "barriers", says of one kernel configuration: a verdict, and its reason in words."""
+    """What a rung says of one kernel configuration: a verdict, and its reason in words."""
 
     kernel: str
     label: str
@@ -55,13 +55,16 @@ class Proof:
 
 def missing() -> str:
     """Why no kernel can be verified here, in one line; empty if SentryWard is installed in the version in use."""
+    return other_version("sentryward", VERSION)
+
+
+def other_version(tool: str, expected: str) -> str:
+    """What to install, in one line, where a tool is absent or has another version than the expected one; or empty."""
     try:
-        installed = version("sentryward")
+        installed = version(tool)
     except PackageNotFoundError:
         installed = "none"
-    if installed == VERSION:
-        return ""
-    return f"expected sentryward {VERSION}, found {installed}; no race is excluded; pip install sentryward=={VERSION}"
+    return f"expected {tool} {expected}, found {installed}; pip install {tool}=={expected}" * (installed != expected)
 
 
 def prove(case: Any, target: str, ptx: str, seconds: float = 120.0) -> Proof:

@@ -162,7 +162,7 @@ def reduce_chunks(partial: Tensor, chunks: Sequence[int], m: int) -> Tensor:
     with on_device(device):
         window_reduce_kernel[(triton.cdiv(m, REDUCE_ROWS), len(chunks))](
             device_rows(list(zip(firsts, chunks, strict=True)), device), partial, dots, m,
-            BLOCK_C=REDUCE_CHUNKS, BLOCK_R=REDUCE_ROWS, num_warps=warps(REDUCE_THREADS),
+            BLOCK_C=REDUCE_CHUNKS, BLOCK_R=REDUCE_ROWS, num_warps=warps(REDUCE_THREADS), enable_fp_fusion=True,
         )  # fmt: skip
     return dots
 

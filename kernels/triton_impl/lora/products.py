@@ -48,7 +48,7 @@ def _dropout_tile(x_ptr, out_ptr, start, offs, mask, key, limit, gain):
 
 
 @triton.jit(do_not_specialize=["numel", "key", "limit", "gain"])
-def lora_dropout_kernel(x_ptr, out_ptr, numel, key, limit, gain, BLOCK: tl.constexpr):
+def lora_dropout_kernel(x_ptr, out_ptr, numel: tl.int64, key, limit, gain, BLOCK: tl.constexpr):
     """dropout(x) of BLOCK elements."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)

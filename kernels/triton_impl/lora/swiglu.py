@@ -43,27 +43,36 @@ def _backward_tile(g_ptr, e_ptr, u_ptr, out_ptr, de_ptr, offs, mask):
 
 
 @triton.jit(do_not_specialize=["numel"])
-def swiglu_kernel(e_ptr, u_ptr, out_ptr, numel, BLOCK: tl.constexpr):
+def swiglu_kernel(e_ptr, u_ptr, out_ptr, numel: tl.int64, BLOCK: tl.constexpr, LANES: tl.constexpr):
     """The product of BLOCK elements."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    lane = tl.arange(0, BLOCK)
     if start + BLOCK <= numel:
-        _forward_tile(e_ptr + start, u_ptr + start, out_ptr + start, lane, None)
+        _forward_tile(e_ptr + start, u_ptr + start, out_ptr + start, tl.arange(0, BLOCK), None)
     else:
-        _forward_tile(e_ptr + start, u_ptr + start, out_ptr + start, lane, lane < numel - start)
+        count = (numel - start).to(tl.int32)
+        for first in range(0, count, LANES):
+            offs = first + tl.arange(0, LANES)
+            _forward_tile(e_ptr + start, u_ptr + start, out_ptr + start, offs, offs < count)
 
 
 @triton.jit(do_not_specialize=["numel"])
-def swiglu_backward_kernel(g_ptr, e_ptr, u_ptr, out_ptr, de_ptr, numel, BLOCK: tl.constexpr):
+def swiglu_backward_kernel(
+    g_ptr, e_ptr, u_ptr, out_ptr, de_ptr, numel: tl.int64, BLOCK: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
     """The gradients of BLOCK elements; u's gradient overwrites the output's."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    lane = tl.arange(0, BLOCK)
     if start + BLOCK <= numel:
-        _backward_tile(g_ptr + start, e_ptr + start, u_ptr + start, out_ptr + start, de_ptr + start, lane, None)
-    else:
         _backward_tile(
-            g_ptr + start, e_ptr + start, u_ptr + start, out_ptr + start, de_ptr + start, lane, lane < numel - start
+            g_ptr + start, e_ptr + start, u_ptr + start, out_ptr + start, de_ptr + start, tl.arange(0, BLOCK), None
         )
+    else:
+        # one element per thread: a masked tile would need more registers than a whole one, and fewer warps would fit
+        count = (numel - start).to(tl.int32)
+        for first in range(0, count, LANES):
+            offs = first + tl.arange(0, LANES)
+            _backward_tile(
+                g_ptr + start, e_ptr + start, u_ptr + start, out_ptr + start, de_ptr + start, offs, offs < count
+            )
 
 
 def swiglu(e: Tensor, u: Tensor) -> Tensor:
@@ -71,7 +80,7 @@ def swiglu(e: Tensor, u: Tensor) -> Tensor:
     out = torch.empty_like(e)
     with on_device(e.device):
         swiglu_kernel[(triton.cdiv(e.numel(), BLOCK),)](
-            e, u, out, e.numel(), BLOCK=BLOCK, num_warps=warps(THREADS), enable_fp_fusion=True
+            e, u, out, e.numel(), BLOCK=BLOCK, LANES=THREADS, num_warps=warps(THREADS), enable_fp_fusion=True
         )
     return out
 
@@ -81,7 +90,7 @@ def swiglu_backward_(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor
     out, de = torch.empty_like(e), torch.empty_like(e)
     with on_device(e.device):
         swiglu_backward_kernel[(triton.cdiv(e.numel(), BLOCK),)](
-            grad, e, u, out, de, e.numel(), BLOCK=BLOCK, num_warps=warps(THREADS), enable_fp_fusion=True
+            grad, e, u, out, de, e.numel(), BLOCK=BLOCK, LANES=THREADS, num_warps=warps(THREADS), enable_fp_fusion=True
         )
     return out, de, grad
 

@@ -25,7 +25,7 @@ def _apply_tile(w_ptr, k_ptr, out_ptr, offs, mask, alpha):
 
 
 @triton.jit(do_not_specialize=["numel"])
-def nm_apply_kernel(w_ptr, k_ptr, alpha_ptr, out_ptr, numel, BLOCK: tl.constexpr, TILES: tl.constexpr):
+def nm_apply_kernel(w_ptr, k_ptr, alpha_ptr, out_ptr, numel: tl.int64, BLOCK: tl.constexpr, TILES: tl.constexpr):
     """TILES * BLOCK elements of a weight."""
     start = tl.program_id(0).to(tl.int64) * (TILES * BLOCK)
     count = tl.minimum(numel - start, TILES * BLOCK).to(tl.int32)

@@ -156,14 +156,14 @@ def nm_mask(scores: Sequence[Tensor], n: int, m: int, dim: int, out: Sequence[Te
             programs = device_programs([triton.cdiv(blocks, TILES) for *_, blocks in whole], device)
             nm_mask_kernel[(programs.numel(),)](
                 device_rows(whole, device), programs, n, *selection,
-                M=m, BLOCK=BLOCK, TILES=TILES, num_warps=warps(THREADS),
+                M=m, BLOCK=BLOCK, TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=True,
             )  # fmt: skip
         if rest:
             height = BLOCK // _padded(m)
             programs = device_programs([triton.cdiv(groups, height) for _, _, groups, _ in rest], device)
             nm_mask_strided_kernel[(programs.numel(),)](
                 device_rows(rest, device), programs, n, m, *selection,
-                BLOCK_M=_padded(m), BLOCK_T=height, num_warps=warps(THREADS),
+                BLOCK_M=_padded(m), BLOCK_T=height, num_warps=warps(THREADS), enable_fp_fusion=True,
             )  # fmt: skip
 
 

@@ -1,7 +1,5 @@
 """The operations that have Triton kernels, each on inputs of a given size, dtype and device."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +12,7 @@ from leanstep.kernels import (
     StepOptions,
     bitmask_linear,
     bitmask_pack,
+    bitmask_quantize,
     linear_combination,
     lion_agreement,
     lion_agreement_int8,
@@ -53,7 +52,7 @@ HALF = (torch.bfloat16, torch.float16)
 ALL = (torch.float32, *HALF)
 # what a kernel promises of its results
 BITS, CLOSE = "bits of the definition", "close to float64"
-DROPOUT, RANK = 0.1, 32
+DROPOUT, RANKS = 0.1, (16, 32)
 
 
 class Inputs:
@@ -158,7 +157,7 @@ def _agreement_int8(inputs: Inputs) -> list[Tensor]:
 
 
 def _sinkhorn(inputs: Inputs) -> list[Tensor]:
-    shapes = (*inputs.sizes.balanced, (3, 5, 8200), (2, 9, 40))
+    shapes = (*inputs.sizes.balanced, (9, 4104), (3, 5, 8200), (2, 9, 40))
     scales = sinkhorn([inputs.normal(*shape) for shape in shapes], inputs.sizes.iterations)
     return [*scales.rows, *scales.cols]
 
@@ -178,7 +177,9 @@ def _scaled(rounding: str, inputs: Inputs) -> list[Tensor]:
 def _newton_schulz(inputs: Inputs) -> list[Tensor]:
     dtype = None if inputs.wide else inputs.dtype
     matrices = [inputs.normal(*shape) for shape in inputs.sizes.products]
-    return [*newton_schulz(matrices, dtype=dtype), nuclear_norm(matrices, dtype=dtype)]
+    # A^2 X: the rounding of each product shows
+    once = newton_schulz(matrices, dtype=dtype, steps=1, coefficients=[(0.0, 0.0, 1.0)])
+    return [*once, *newton_schulz(matrices, dtype=dtype), nuclear_norm(matrices, dtype=dtype)]
 
 
 def _dots(inputs: Inputs) -> list[Tensor]:
@@ -194,21 +195,26 @@ def _combination(inputs: Inputs) -> list[Tensor]:
 
 
 def _sparse(inputs: Inputs) -> list[Tensor]:
-    sizes, layout = inputs.sizes, sparse_layout(inputs.sizes.columns, 0.02)
-    vectors = [
-        torch.randn(sizes.columns, generator=inputs.generator, device=inputs.device) for _ in range(sizes.window)
-    ]
-    values, indices = map(torch.stack, zip(*(top_k(v, layout, inputs.dtype) for v in vectors), strict=True))
-    stored, vector = inputs.widened(values), inputs.normal(sizes.columns, dtype=torch.float32)
-    dots = sparse_row_dots([stored], [indices], [vector], [layout])
-    return [dots, *sparse_linear_combination([stored], [indices], _coefficients(inputs), [layout])]
+    """Rows that start anywhere, and aligned rows with long blocks."""
+    columns, generator, device = inputs.sizes.columns, inputs.generator, inputs.device
+    layouts = [sparse_layout(columns, 0.02), sparse_layout(-(-columns // 2048) * 2048, 0.25, 2048)]
+    values, indices, vectors = [], [], []
+    for layout in layouts:
+        rows = (torch.randn(layout.numel, generator=generator, device=device) for _ in range(inputs.sizes.window))
+        value, index = map(torch.stack, zip(*(top_k(row, layout, inputs.dtype) for row in rows), strict=True))
+        values.append(inputs.widened(value))
+        indices.append(index)
+        vectors.append(inputs.normal(layout.numel, dtype=torch.float32))
+    dots = sparse_row_dots(values, indices, vectors, layouts)
+    return [dots, *sparse_linear_combination(values, indices, _coefficients(inputs), layouts)]
 
 
 def _masks(inputs: Inputs) -> list[Tensor]:
     rows, columns = 4 * inputs.sizes.tokens, MAX_FAST_M * 5
     scores = inputs.normal(rows, columns)
     across = [mask for n, m in ((2, 4), (1, 8), (5, 16), (64, 128), (2, 5)) for mask in nm_mask([scores], n, m)]
-    return [*across, *nm_mask([scores], 2, 4, dim=0)]
+    wide = scores.float()  # exact, also of float64, in which the numbers of a narrower dtype lie
+    return [*across, *nm_mask([scores], 2, 4, dim=0), *nm_mask([wide], 1, 2), *nm_mask([wide], 2, 4, dim=0)]
 
 
 def _apply(inputs: Inputs) -> list[Tensor]:
@@ -226,9 +232,15 @@ def _compressed(inputs: Inputs) -> list[Tensor]:
 
 def _bitmask(inputs: Inputs) -> list[Tensor]:
     weight = inputs.activations()
-    weight = torch.where(weight > 0.3, weight, torch.zeros_like(weight))
-    packed, columns = bitmask_pack(weight), weight.shape[1]
-    return [bitmask_linear(inputs.normal(tokens, columns), *packed, columns) for tokens in (1, 6, 20)]
+    weight = torch.where(weight > 0.25, weight, torch.zeros_like(weight))
+    (values, mask, offsets), columns = bitmask_pack(weight), weight.shape[1]
+    codes, scales = bitmask_quantize(values.to(inputs.dtype), offsets, mask)
+    products = [bitmask_linear(inputs.normal(n, columns), values, mask, offsets, columns) for n in (1, 6, 20)]
+    # rows of the identity show how each code was rounded
+    rows = inputs.widened(torch.eye(20, columns, dtype=inputs.dtype, device=inputs.device))
+    for x in (inputs.normal(1, columns), inputs.normal(6, columns), rows):
+        products.append(bitmask_linear(x, codes, mask, offsets, columns, scales=scales))
+    return products
 
 
 def _dropout(inputs: Inputs) -> list[Tensor]:
@@ -236,17 +248,19 @@ def _dropout(inputs: Inputs) -> list[Tensor]:
 
 
 def _products(inputs: Inputs) -> list[Tensor]:
-    tokens, width = inputs.sizes.tokens, inputs.sizes.width
-    x, y = inputs.activations(), inputs.activations()
-    a, b = inputs.normal(RANK, width), inputs.normal(width, RANK).t()
-    e, settings = inputs.normal(tokens, RANK), {"p": DROPOUT, "seed": torch.tensor(7)}
-    down, backward = lora_down(x, a, **settings), lora_down_backward(x, e, a, **settings)
-    return [down, *backward, lora_up_(y, e, b, 0.5, **settings)]
+    tokens, width, settings = inputs.sizes.tokens, inputs.sizes.width, {"p": DROPOUT, "seed": torch.tensor(7)}
+    results = []
+    for rank in RANKS:
+        x, y, e = inputs.activations(), inputs.activations(), inputs.normal(tokens, rank)
+        a, b = inputs.normal(rank, width), inputs.normal(width, rank).t()
+        results += [lora_down(x, a, **settings), *lora_down_backward(x, e, a, **settings)]
+        results.append(lora_up_(y, e, b, 0.5, **settings))
+    return results
 
 
 def _norms(inputs: Inputs) -> list[Tensor]:
-    weight, a = inputs.activations(), inputs.normal(RANK, inputs.sizes.width, dtype=torch.float32)
-    b = inputs.normal(len(weight), RANK, dtype=torch.float32)
+    weight, a = inputs.activations(), inputs.normal(RANKS[-1], inputs.sizes.width, dtype=torch.float32)
+    b = inputs.normal(len(weight), RANKS[-1], dtype=torch.float32)
     squares = weight.to(b.dtype).square().sum(1)
     return [lora_norms(weight, a, b, 0.5, squares)]
 
@@ -254,7 +268,7 @@ def _norms(inputs: Inputs) -> list[Tensor]:
 def _scale(inputs: Inputs) -> list[Tensor]:
     y, g = inputs.activations(), inputs.activations()
     factors, bias = inputs.normal(y.shape[1], dtype=torch.float32), inputs.normal(y.shape[1])
-    return [*lora_scale_backward(g, y, factors), lora_scale_(y, factors, bias)]
+    return [*lora_scale_backward(g, y, factors), lora_scale_(y, factors, bias), lora_scale_(g, factors)]
 
 
 def _swiglu(inputs: Inputs) -> list[Tensor]:
@@ -319,3 +333,38 @@ OPERATIONS = {
     "swiglu": Operation(_swiglu),
     "poly_features": Operation(_polynomials, (torch.float32,)),
 }
+
+# the operations that run the kernels of a module
+MODULES = {
+    "steps.lion_step": (
+        "lion_step", "lion_step, stochastic", "lion_step, kahan", "lion_step, master", "lion_step, split",
+        "lion_agreement",
+    ),
+    "steps.lion_int8": (
+        "lion_step_int8", "lion_step_int8, stochastic", "lion_step_int8, split", "lion_step_int8, fp8",
+        "lion_agreement_int8",
+    ),
+    "steps.adamw_int8": ("adamw_step_int8", "adamw_step_int8, split"),
+    "steps.average_int8": ("average_step_int8", "average_step_int8, nesterov"),
+    "steps.scaled_step": (
+        "scaled_step", "scaled_step, stochastic", "scaled_step, kahan", "scaled_step, master", "scaled_step, split",
+    ),
+    "matrices.sinkhorn": ("sinkhorn",),
+    "matrices.newton_schulz": ("newton_schulz, nuclear_norm",),
+    "fisher.gradient_window": ("row_dots", "linear_combination"),
+    "fisher.sparse_window": ("sparse_row_dots, sparse_linear_combination",),
+    "nm.mask": ("nm_mask",),
+    "nm.apply": ("nm_apply",),
+    "nm.matmul": ("nm_matmul",),
+    "sparse.linear": ("bitmask_linear",),
+    "lora.norms": ("lora_norms",),
+    "lora.products": ("lora_dropout", "lora_down, lora_down_backward, lora_up"),
+    "lora.scale": ("lora_scale",),
+    "lora.swiglu": ("swiglu",),
+    "poly.features": ("poly_features",),
+}  # fmt: skip
+# enough for several programs of each kernel
+SIZES = SimpleNamespace(
+    matrices=((70, 264), (5, 7), (40, 300)), balanced=((70, 40), (66, 8200), (3, 8195)), iterations=2, tokens=70,
+    width=192, products=((70, 66), (136, 144)), window=41, columns=9000, variables=9,
+)  # fmt: skip
