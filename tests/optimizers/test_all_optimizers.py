@@ -946,10 +946,9 @@ def test_compiled_steps_equal_eager_ones(case: OptimizerCase, backend: str):
     torch._dynamo.reset()
     counted, generates_code = CountedGraphs(backend), backend == "inductor"
     # tracing takes seconds a tensor: every kind of tensor in the rows whose steps the others vary
-    whole = case.name == case.cls.__name__ and not generates_code
-    shapes = ((6, 5), (2, 3, 4), (7,), (), (0, 3)) if whole else ((6, 5), (7,))
-    compiled_params, plain_params = case.params(shapes), case.params(shapes)
-    lr = case.kwargs.get("lr", 2e-2)
+    others = ((2, 3, 4), (), (0, 3)) if case.name == case.cls.__name__ and not generates_code else ()
+    shapes = ((6, 5), (7,), *others)
+    (compiled_params, plain_params), lr = (case.params(shapes), case.params(shapes)), case.kwargs.get("lr", 2e-2)
     compiled = case.build(compiled_params, lr=torch.tensor(lr))
     plain = case.build(plain_params, lr=torch.tensor(lr), **({"fused": False} if "fused" in compiled.defaults else {}))
     for optimizer, params in ((compiled, compiled_params), (plain, plain_params)):
