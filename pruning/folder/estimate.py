@@ -263,16 +263,16 @@ def _measured_rates(dtype: torch.dtype) -> Rates:
     prune = lambda: layer_pruner(weight, "magnitude", scope="row").prune(weight.numel() // 2)  # noqa: E731
     compare = lambda: kl_divergence(logits.log_softmax(-1), logits.log_softmax(-1))  # noqa: E731
     return Rates(
-        _seconds_of(lambda: left @ right) / (2 * 256 * 1024 * 1024),
-        _seconds_of(prune) / weight.numel(),
-        _seconds_of(lambda: small + small),
-        _seconds_of(compare) / logits.numel(),
-        _seconds_of(lambda: copy.copy_(raw)) / raw.nbytes,
-        _seconds_of(lambda: hashlib.sha256(raw.numpy().data)) / raw.nbytes,
+        seconds_of(lambda: left @ right) / (2 * 256 * 1024 * 1024),
+        seconds_of(prune) / weight.numel(),
+        seconds_of(lambda: small + small),
+        seconds_of(compare) / logits.numel(),
+        seconds_of(lambda: copy.copy_(raw)) / raw.nbytes,
+        seconds_of(lambda: hashlib.sha256(raw.numpy().data)) / raw.nbytes,
     )
 
 
-def _seconds_of(function: Callable[[], object], seconds: float = 0.15) -> float:
+def seconds_of(function: Callable[[], object], seconds: float = 0.15) -> float:
     """Mean seconds of a call, after one that is not counted."""
     function()
     begin, calls = time.perf_counter(), 0

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -278,8 +278,20 @@ def held_out_hash(held_out: Any) -> str | None:
     ).hexdigest()
 
 
-def perplexity_of(model: nn.Module, sequences: Any, progress: Progress | None = None) -> tuple[float, int]:
-    """Perplexity over some sequences, infinite where fp64 does not hold it, and the number of predicted tokens.
+class Perplexity(NamedTuple):
+    """Perplexity, infinite where fp64 does not hold it, its standard error over the sequences, and predicted tokens."""
+
+    value: float
+    stderr: float
+    tokens: int
+
+    def named(self, name: str) -> dict[str, Any]:
+        """The entries of ``perplexity`` in sparsity.json, under the name of a state of the model."""
+        return {name: self.value, f"{name}_stderr": self.stderr, "tokens": self.tokens}
+
+
+def perplexity_of(model: nn.Module, sequences: Any, progress: Progress | None = None) -> Perplexity:
+    """Perplexity over some sequences; the error is that of the loss times the perplexity, NaN for a single sequence.
 
     ``progress`` is called with (batches done, batches in all, "perplexity").
     """
@@ -291,8 +303,9 @@ def perplexity_of(model: nn.Module, sequences: Any, progress: Progress | None = 
             if progress is not None:
                 progress(number, len(batches), "perplexity")
             per_batch.append(cross_entropy_sums(batch.run(model), batch))
-    loss, tokens = summarise(per_batch).mean, int(sum(float(counts.sum()) for _, counts in per_batch))
+    loss, tokens = summarise(per_batch), int(sum(float(counts.sum()) for _, counts in per_batch))
     try:
-        return math.exp(loss), tokens
+        value = math.exp(loss.mean)
     except OverflowError:
-        return math.inf, tokens
+        value = math.inf
+    return Perplexity(value, value * loss.stderr, tokens)

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from leanstep._files import format_bytes
-from leanstep.recipes.check.machine import processor_name
+from leanstep._process import processor_name
 from leanstep.recipes.report.formatting import format_duration, measure_text
 
 if TYPE_CHECKING:
@@ -110,6 +110,10 @@ def shown(value: Any) -> str:
     return "left out" if value is None else str(value)
 
 
+def _error(stderr: float) -> str:
+    return "" if math.isnan(stderr) else f" +- {stderr:.2g}"
+
+
 def summary_of(result: "PruneResult", layers: list[dict[str, Any]], out: str) -> str:
     """Lines about a result that was written to the folder ``out``, with the rows ``layers`` in its report."""
     from leanstep.pruning.result import sparsity_of
@@ -138,11 +142,9 @@ def summary_of(result: "PruneResult", layers: list[dict[str, Any]], out: str) ->
             f"{result.metric} on the judging data {first} before, {last} after, pruned anew"
         )
     for one in result.compared:
-        error = "" if one.joint_stderr != one.joint_stderr else f" +- {one.joint_stderr:.2g}"
         summed = "" if math.isnan(one.summed) else f"; single matrices sum to {one.summed:.4g}"
-        joint = (
-            f"{result.metric} {one.joint:.4g}{error} with all matrices {'in their formats' if compressed else 'pruned'}"
-        )
+        changed = "in their formats" if compressed else "pruned"
+        joint = f"{result.metric} {one.joint:.4g}{_error(one.joint_stderr)} with all matrices {changed}"
         lines.append(f"held out       {one.method}: {joint}{summed}")
     changes = {one.method: one.joint for one in result.compared}
     written, uniform = changes.get(result.allocation.method, math.nan), changes.get("uniform", math.nan)
@@ -153,8 +155,11 @@ def summary_of(result: "PruneResult", layers: list[dict[str, Any]], out: str) ->
     if result.reconstruction:
         lines.append(reconstruction_line(result.reconstruction, result.metric))
     if result.perplexity:
-        before, after = result.perplexity["before"], result.perplexity["after"]
-        lines.append(f"perplexity     {before:.2f} before, {after:.2f} after ({result.perplexity['tokens']:,} targets)")
+        before, after = (
+            f"{result.perplexity[name]:.2f}{_error(result.perplexity[f'{name}_stderr'])}"
+            for name in ("before", "after")
+        )
+        lines.append(f"perplexity     {before} before, {after} after ({result.perplexity['tokens']:,} targets)")
     if result.quality:
         lines += quality_lines(result.quality)
     if result.recovery is not None:

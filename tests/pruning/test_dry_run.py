@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Wav2Vec2Config, Wav2Vec2
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from leanstep._checkpoint.mapped import Scratch
+from leanstep._process import processor_name
 from leanstep.cli import main
 from leanstep.pruning import (
     LayerStatistics,
@@ -39,7 +40,6 @@ from leanstep.pruning.planner import phase_costs
 from leanstep.pruning.score.calibration import pruner_bytes
 from leanstep.pruning.score.targets import prunable_names
 from leanstep.pruning.training.recovery_file import RecoveryFile
-from leanstep.recipes.check.machine import processor_name
 from leanstep.recipes.report.prune_output import estimate_lines
 
 SHAPES = {"8b": (4096, 14336, 32, 32, 8), "70b": (8192, 28672, 80, 64, 8)}
