@@ -247,7 +247,7 @@ def _prune_into(
         begin(progress, "writing")
         result.notes.extend(filter(None, [*notes, unmapped_note(mapped), unchecked]))
         content |= result.to_dict()
-        if not moves_blocks(torch.device(run.device)):
+        if run.evaluate and not moves_blocks(torch.device(run.device)):
             content["speed"] = _speed(model, calibration)
         with CopiesInFiles(joined):
             values = checkpoint_values(checkpoint, model)
@@ -428,10 +428,8 @@ def _pruned(model: nn.Module, calibration: _Calibration, execution: Execution, *
     return result
 
 
-def _speed(model: nn.Module, calibration: _Calibration) -> dict[str, Any] | None:
-    """How fast the changed model reads a held-out sample alone, on this processor; None without samples."""
-    if not isinstance(calibration.held_out, torch.Tensor | list):
-        return None
+def _speed(model: nn.Module, calibration: _Calibration) -> dict[str, Any]:
+    """How fast the changed model reads a held-out sample alone, on this processor."""
     with products_in(model, calibration.config.products), evaluating(model):
         sample = as_batches(calibration.held_out, model)[0].sample(0)
         # images count as they are, texts by their tokens
