@@ -51,7 +51,7 @@ class CalibrationText:
         held_out: sequences for the comparison with uniform sparsity, and for perplexity; disjoint from the others.
         held_out_documents: texts for the held-out sequences; None: ``documents``.
         seq_len: tokens of a sequence; None: the least of the tokenizer's ``model_max_length``, the model's positions
-            and 2048.
+            and 512.
         seed: of the random choice of sequences.
 
     Raises:
@@ -61,8 +61,8 @@ class CalibrationText:
 
     documents: Iterable[str]
     label: str = "text"
-    samples: int = 128
-    curve_samples: int = 16
+    samples: int = 32
+    curve_samples: int = 4
     held_out: int = 8
     held_out_documents: Iterable[str] | None = None
     seq_len: int | None = None

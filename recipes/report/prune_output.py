@@ -12,6 +12,8 @@ from leanstep.recipes.report.formatting import format_duration, measure_text
 if TYPE_CHECKING:
     from leanstep.pruning import Estimate, PruneResult, RecoveryResult
 
+# seconds from which a run is told how to be shorter
+_LONG = 600
 OUT_OF_MEMORY = (
     "out of memory; take fewer or shorter sequences (--samples, --curve-samples, --seq-len), a smaller --batch-size or "
     "--activations disk. --dry-run states the memory"
@@ -45,13 +47,25 @@ def estimate_lines(estimate: "Estimate") -> list[str]:
         lines += [f"  {use:<28}{format_bytes(size):>12}" for use, size in estimate.device_memory.items()]
         lines.append("time is not estimated: the rates of that device are not known")
     else:
-        total = format_duration(sum(estimate.seconds.values()))
-        machine = f"{processor_name()}, {os.cpu_count()} processors"
-        lines.append(f"time about {total}: an estimate, at the rates of this machine ({machine}) as loaded now")
+        lines.append(time_line(estimate))
         lines += [f"  {use:<28}{format_duration(duration):>12}" for use, duration in estimate.seconds.items()]
     if estimate.reads:
         lines.append(f"the model does not fit into the free memory: {format_bytes(estimate.reads)} are read from disk")
     return lines + [f"not in the estimate: {what}" for what in estimate.not_counted]
+
+
+def time_line(estimate: "Estimate") -> str:
+    """How long a run takes, and of a long one which settings make it shorter."""
+    from leanstep.pruning.folder.estimate import QUICK
+
+    seconds = sum(estimate.seconds.values())
+    machine = f"{processor_name()}, {os.cpu_count()} processors"
+    line = f"time about {format_duration(seconds)}: an estimate, at the rates of this machine ({machine}) as loaded now"
+    if estimate.quick is None or seconds < _LONG or estimate.quick > seconds / 2:
+        return line
+    samples, curve_samples, tokens, minutes = QUICK
+    options = f"--samples {samples} --curve-samples {curve_samples} --seq-len {tokens} --minutes {minutes:g}"
+    return f"{line}\nshorter: about {format_duration(estimate.quick)} with {options}"
 
 
 def _spent(budget: dict[str, Any]) -> str:

@@ -432,7 +432,7 @@ def test_a_text_model_without_positions_is_estimated_with_the_longest_sequences(
     save_model(make("mamba"), tmp_path / "model")
     checkpoint = open_checkpoint(tmp_path / "model")
     assert "max_position_embeddings" not in checkpoint.config
-    workloads = [Workload(tokens=number, activations="disk") for number in (None, 2048, 2)]
+    workloads = [Workload(tokens=number, activations="disk") for number in (None, 512, 2)]
     asked, longest, shortest = (estimate_pruning(checkpoint, tmp_path / "o", one).disk for one in workloads)
     assert asked == longest != shortest
 
@@ -603,3 +603,20 @@ def test_a_model_that_does_not_run_without_values_is_named(tmp_path):
     (reason,) = estimate.not_counted
     assert reason.startswith("memory of recovery, since the model does not run without values")
     assert f"not in the estimate: {reason}" in estimate_lines(estimate)
+
+
+def test_a_long_run_is_told_settings_that_make_it_shorter_and_a_short_one_is_not(tmp_path):
+    headers_alone(tmp_path / "8b", *SHAPES["8b"])
+    save_model(make_llama(2), tmp_path / "small")
+    long, small = (
+        estimate_pruning(open_checkpoint(tmp_path / name), tmp_path / "o", Workload()) for name in ("8b", "small")
+    )
+    assert 600 < long.quick < sum(long.seconds.values()) / 2
+    (line,) = [line for line in "\n".join(estimate_lines(long)).splitlines() if line.startswith("shorter: about ")]
+    options = line.partition(" with ")[2].split()
+    assert options == ["--samples", "16", "--curve-samples", "4", "--seq-len", "256", "--minutes", "2"]
+    samples, curve_samples, tokens, minutes = map(float, options[1::2])
+    workload = Workload(samples=int(samples), curve_samples=int(curve_samples), tokens=int(tokens), minutes=minutes)
+    settings = estimate_pruning(open_checkpoint(tmp_path / "8b"), tmp_path / "o", workload)
+    assert settings.quick == pytest.approx(sum(settings.seconds.values()))
+    assert not any("shorter" in line for line in estimate_lines(settings)[-20:] + estimate_lines(small))

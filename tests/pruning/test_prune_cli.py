@@ -26,6 +26,7 @@ from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.folder.text import sequences_of
 from leanstep.pruning.result import PruneResult
 from leanstep.recipes.report.progress import ProgressBar
+from leanstep.recipes.shrink import prune as command
 from leanstep.sparsity import verify
 
 SMALL = ["--samples", "6", "--curve-samples", "3", "--held-out", "2", "--seq-len", "24", "--levels", "0.4,0.6,0.8"]
@@ -52,6 +53,13 @@ def pruned(base, tmp_path_factory):
     assert leanstep_prune(base, out, "--sparsity", "0.6", "--eval") == 0
     assert snapshot(base / "model") == before
     return out
+
+
+def test_a_run_that_is_not_small_begins_with_its_time(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "_SMALL", 0)
+    assert leanstep_prune(base, tmp_path / "out", "--sparsity", "0.6") == 0
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first == "loading torch and transformers" and second.startswith("time about 0:")
 
 
 def test_the_folder_opens_everywhere_and_says_what_was_done(base, pruned):
