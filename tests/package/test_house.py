@@ -50,6 +50,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "learning rates by short runs": 269,
     },
     "lines of leanstep/": {
+        "speed and errors in cards, the time of a run first": 11,
         "what a new user met": 25,
         "recipe keys": 14,
         "parameters without names": 1,
@@ -63,6 +64,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "leanstep board": 32,
     },
     "lines of pruning/": {
+        "speed and errors in cards, the time of a run first": 42,
         "GGUF folders opened": 3,
         "tasks of prune and compress": 28,
         "local reconstruction": 438,
@@ -79,6 +81,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "races excluded": 442,
     },
     "lines of recipes/": {
+        "speed and errors in cards, the time of a run first": 42,
         "conversations in eval": 27,
         "what a new user met": 11,
         "standard errors of validation losses, holders of run folders": 25,
@@ -102,6 +105,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "embedding models and classifiers": 156,
     },
     "lines of the package": {
+        "speed and errors in cards, the time of a run first": 119,
         "conversations in eval": 27,
         "what a new user met": 38,
         "missing barriers": 477,
@@ -141,6 +145,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
     "lines of lora/": {"model cards": 7, "QLoRA": 15},
     "lines of C++": {"products of bit masks by AVX2's byte shuffles": 65, "int4 by AVX2's byte shuffles": 39},
     "lines of tests/": {
+        "speed and errors in cards, the time of a run first": 88,
         "conversations in eval": 13,
         "what a new user met": 40,
         "missing barriers": 50,

@@ -95,6 +95,7 @@ def test_the_command_states_what_a_large_model_takes_and_ends(size, tmp_path, mo
     monkeypatch.setattr(module, "free_bytes", lambda path: 10**13)
     monkeypatch.setattr(module, "free_memory", lambda device: 10**12)
     command = ["prune", str(source), "--out", str(tmp_path / "out"), "--sparsity", "0.5", "--dry-run"]
+    command += ["--samples", "128", "--curve-samples", "16", "--seq-len", "2048"]
     assert main([*command, "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["parameters"] == numel and content["matrices"] == 7 * SHAPES[size][2]
