@@ -85,9 +85,9 @@ def processor_name(device: str = "cpu") -> str:
         import torch
 
         return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-    from leanstep.recipes.check import machine
+    from leanstep import _process
 
-    return machine.processor_name()
+    return _process.processor_name()
 
 
 def commit() -> str:

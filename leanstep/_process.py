@@ -1,4 +1,4 @@
-"""The process of a command: its standard streams, its signals, the end of its parent. Imports no torch."""
+"""The process of a command: its streams, its signals, the end of its parent, its processor. Imports no torch."""
 
 import contextlib
 import errno
@@ -6,12 +6,14 @@ import gc
 import io
 import logging
 import os
+import platform
 import resource
 import select
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -20,6 +22,15 @@ from leanstep._files import format_bytes
 _PR_SET_PDEATHSIG = 1
 # process number of the one that `leanstep train` ends with
 PARENT_VARIABLE = "LEANSTEP_PARENT"
+
+
+def processor_name() -> str:
+    """Model of this machine's processor, as the system names it."""
+    name = platform.processor() or platform.machine()
+    if (file := Path("/proc/cpuinfo")).exists():
+        lines = file.read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return name
 
 
 class LossyOutput(io.RawIOBase):

@@ -198,7 +198,7 @@ class PruneConfig:
         choices=(*SCORES, *ROUNDINGS),
     )
     minutes: float = _setting(
-        30.0, "time for measurements, besides Fisher's; default 30", "allocation", type=float, metavar="M"
+        10.0, "time for measurements, besides Fisher's; default 10", "allocation", type=float, metavar="M"
     )
     correction: str = _setting("none", "for curves that do not add up", "allocation", choices=("none", "relinearise"))
     score: str = _setting(

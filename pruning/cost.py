@@ -35,7 +35,7 @@ class Workload:
     Attributes:
         config: the settings of :func:`leanstep.pruning.prune`. Of ``levels``, their number is enough.
         samples, curve_samples, held_out: numbers of sequences (or images).
-        tokens: of a sequence; None: the model's positions, at most 2048, or the patches of an image. The tokenizer's
+        tokens: of a sequence; None: the model's positions, at most 512, or the patches of an image. The tokenizer's
             limit is not looked at.
         activations, resident: as for :func:`leanstep.pruning.prune_checkpoint`.
         refine_samples: sequences that judge exchanges; 0: no search.
@@ -53,8 +53,8 @@ class Workload:
     """
 
     config: PruneConfig
-    samples: int = 128
-    curve_samples: int = 16
+    samples: int = 32
+    curve_samples: int = 4
     held_out: int = 8
     tokens: int | None = None
     activations: str = "memory"

@@ -9,7 +9,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ from leanstep.pruning.score.scores import layer_pruner
 from leanstep.pruning.score.targets import dense_note, prunable_names
 from leanstep.pruning.training.recovery import Recovery
 
+# about the data and minutes of docs/measured/pruning-smollm2.md: samples, those for curves, tokens, minutes
+QUICK = (16, 4, 256, 2.0)
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -52,6 +55,8 @@ class Estimate:
         asked_to_distill: ``distill`` of these settings.
         not_counted: what the run takes besides, in words.
         left_dense: a sentence on weights that are bare parameters, which are not pruned; "" where they are few.
+        quick: seconds with no more than the data and minutes of :data:`QUICK`, and of recovery as asked for; None for
+            another device.
     """
 
     parameters: int
@@ -70,6 +75,7 @@ class Estimate:
     asked_to_distill: bool | None = None
     not_counted: list[str] = field(default_factory=list)
     left_dense: str = ""
+    quick: float | None = None
 
     def problems(self) -> list[str]:
         """Sentences about what does not fit."""
@@ -153,9 +159,8 @@ def estimate_pruning(
     shapes = Shapes.of(checkpoint, model, names, _tokens(checkpoint, model, workload.tokens))
     plan = Plan(shapes, workload, measured_rates(product_dtype(dtype, workload.config.products), workload))
     loading, costs = load_cost(plan), phase_costs(plan)
-    seconds = {"start and imports": time.time() - psutil.Process().create_time()}
-    for cost in (loading, *costs.values()):
-        seconds |= cost.seconds
+    start = {"start and imports": time.time() - psutil.Process().create_time()}
+    seconds, quick = (start | seconds_by_use(one) for one in (plan, _quick(plan)))
     free, free_device = free_memory("cpu"), None
     if not plan.on_cpu and torch.cuda.is_available():
         free_device = free_memory(workload.device)
@@ -190,7 +195,23 @@ def estimate_pruning(
         asked_to_distill=None if recovery is None else recovery.distill,
         not_counted=[unknown] if unknown else [],
         left_dense="" if include is not None else dense_note(model),
+        quick=sum(quick.values()) + seconds.get("recovery", 0.0) if plan.on_cpu else None,
     )
+
+
+def seconds_by_use(plan: Plan) -> dict[str, float]:
+    """Seconds of all phases, without recovery."""
+    costs = (load_cost(plan), *phase_costs(plan).values())
+    return {use: seconds for cost in costs for use, seconds in cost.seconds.items()}
+
+
+def _quick(plan: Plan) -> Plan:
+    samples, curve_samples, tokens, minutes = QUICK
+    of, shapes = plan.workload, replace(plan.shapes, tokens=min(plan.shapes.tokens, tokens))
+    config = replace(of.config, minutes=min(of.config.minutes, minutes))
+    samples, curve_samples = min(of.samples, samples), min(of.curve_samples, curve_samples)
+    workload = replace(of, config=config, samples=samples, curve_samples=curve_samples)
+    return replace(plan, shapes=shapes, workload=workload)
 
 
 def _memory_by_use(
@@ -263,16 +284,16 @@ def _measured_rates(dtype: torch.dtype) -> Rates:
     prune = lambda: layer_pruner(weight, "magnitude", scope="row").prune(weight.numel() // 2)  # noqa: E731
     compare = lambda: kl_divergence(logits.log_softmax(-1), logits.log_softmax(-1))  # noqa: E731
     return Rates(
-        _seconds_of(lambda: left @ right) / (2 * 256 * 1024 * 1024),
-        _seconds_of(prune) / weight.numel(),
-        _seconds_of(lambda: small + small),
-        _seconds_of(compare) / logits.numel(),
-        _seconds_of(lambda: copy.copy_(raw)) / raw.nbytes,
-        _seconds_of(lambda: hashlib.sha256(raw.numpy().data)) / raw.nbytes,
+        seconds_of(lambda: left @ right) / (2 * 256 * 1024 * 1024),
+        seconds_of(prune) / weight.numel(),
+        seconds_of(lambda: small + small),
+        seconds_of(compare) / logits.numel(),
+        seconds_of(lambda: copy.copy_(raw)) / raw.nbytes,
+        seconds_of(lambda: hashlib.sha256(raw.numpy().data)) / raw.nbytes,
     )
 
 
-def _seconds_of(function: Callable[[], object], seconds: float = 0.15) -> float:
+def seconds_of(function: Callable[[], object], seconds: float = 0.15) -> float:
     """Mean seconds of a call, after one that is not counted."""
     function()
     begin, calls = time.perf_counter(), 0

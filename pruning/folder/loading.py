@@ -32,7 +32,7 @@ _FLOATING_DTYPES = tuple(DTYPE_NAMES.values())
 # times that the files are read or written, and hashed: copies, checks of values, comparisons with what is stored
 READS, _HASHES = 6, 2
 # most tokens of a calibration sequence whose length nobody asked for
-LONGEST = 2048
+LONGEST = 512
 # the files of a name on the hub that tell what the others are, and of what the library makes classes
 _TELLING = (
     "config.json",

@@ -34,7 +34,7 @@ from leanstep.pruning.folder.checkpoint import (
 )
 from leanstep.pruning.folder.files import DTYPES, Checkpoint, most_common_dtype, open_checkpoint, stored_tensors
 from leanstep.pruning.folder.loading import READS, checkpoint_values, empty_model_of, load_model, stored_parameters
-from leanstep.pruning.folder.text import CalibrationText, held_out_hash, perplexity_of, sequences_of
+from leanstep.pruning.folder.text import CalibrationText, Perplexity, held_out_hash, perplexity_of, sequences_of
 from leanstep.pruning.measure.batches import Batch, as_batches
 from leanstep.pruning.measure.products import products_in
 from leanstep.pruning.result import finite_values
@@ -146,15 +146,16 @@ def recover_model(
     if recovery.distill is None and distill is False:
         note = "recovery learnt the next tokens, not the dense model's outputs, as the interrupted run had begun to"
 
-    def perplexity() -> tuple[float, int]:
+    def perplexity() -> Perplexity:
         with products_in(model, content.get("settings", {}).get("products", "auto")):  # as before recovery
             return perplexity_of(model, held_out, progress)
 
     content["perplexity"] = dict(content.get("perplexity") or {})
-    content["perplexity"].pop("recovered", None)  # of an earlier recovery that was not applied
+    for name in ("recovered", "recovered_stderr"):  # of an earlier recovery that was not applied
+        content["perplexity"].pop(name, None)
     if evaluate and content.get(HELD_OUT) not in (None, held_out_hash(held_out)):
         # of other text, which no perplexity on this one compares with
-        content["perplexity"], content[HELD_OUT] = {"after": perplexity()[0]}, held_out_hash(held_out)
+        content["perplexity"], content[HELD_OUT] = perplexity().named("after"), held_out_hash(held_out)
         content["notes"] = [*content.get("notes", []), OTHER_DATA]
     begin(progress, "recovery")
     result = recover(
@@ -171,9 +172,9 @@ def recover_model(
     del teacher
     result.notes.extend(filter(None, [note]))
     if evaluate:
-        recovered, content["perplexity"]["tokens"] = perplexity()
-        content["perplexity"]["recovered"] = recovered
-        result = replace(result, perplexity=recovered)
+        recovered = perplexity()
+        content["perplexity"] |= recovered.named("recovered")
+        result = replace(result, perplexity=recovered.value)
     begin(progress, "writing")
     content["perplexity"] = finite_values(content["perplexity"]) or None
     content["recovery"] = result.to_dict()

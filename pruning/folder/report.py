@@ -21,6 +21,7 @@ _PERPLEXITIES = (
     ("after", "Perplexity after"),
     ("recovered", "Perplexity recovered"),
 )
+_ERROR = "; ± is the standard error"
 TASKS = ("Task", "Metric", "Questions", "Before", "After")
 ZEROS_ALONE = (
     "File size and speed are those of the dense model: zeros alone make neither PyTorch nor vLLM faster. "
@@ -72,6 +73,9 @@ def card_facts(content: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
     """Title and table of the model's card: how it was made, and the numbers of the page."""
     numbers = {label: f"{value} ({note})" for label, value, note in _numbers(content)}
     tasks = {f"{row[0]} ({row[1]})": f"{row[4]} ({row[3]} before)" for row in task_rows(content.get("tasks") or ())}
+    if speed := content.get("speed"):
+        of = "decoded weights, in torch" if _unit(content["layers"]).key == "bits" else "in torch"
+        numbers["Speed of reading"] = f"{compact(speed['per_second'])} {speed['unit']}/s on {speed['machine']} ({of})"
     return _title(content), {"How": _lead(content), **numbers, **tasks}
 
 
@@ -152,7 +156,9 @@ def _numbers(content: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     perplexity = content.get("perplexity") or {}
     for name, label in _PERPLEXITIES:
         if perplexity.get(name) is not None:
-            numbers.append((label, f"{perplexity[name]:.2f}", f"over {compact(perplexity.get('tokens') or 0)} targets"))
+            error = _plus_minus(perplexity, name)
+            note = f"over {compact(perplexity.get('tokens') or 0)} targets" + (_ERROR if error else "")
+            numbers.append((label, f"{perplexity[name]:.2f}{error}", note))
     quality = content.get("quality") or {}
     for name, measure in (quality.get("after") or {}).items():
         before = (quality.get("before") or {}).get(name)
@@ -161,7 +167,7 @@ def _numbers(content: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     held_out = content.get("held_out") or {}
     if held_out.get("joint") is not None:
         error = _plus_minus(held_out)
-        note = "measured, held-out data" + ("; ± is the standard error" if error else "")
+        note = "measured, held-out data" + (_ERROR if error else "")
         numbers.append((f"Distortion ({content['metric']})", compact(held_out["joint"]) + error, note))
     predicted = content["allocation"].get("predicted")
     if predicted is not None:
@@ -171,8 +177,9 @@ def _numbers(content: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return numbers
 
 
-def _plus_minus(one: Mapping[str, Any]) -> str:
-    return "" if one.get("joint_stderr") is None else f" ± {compact(one['joint_stderr'])}"
+def _plus_minus(one: Mapping[str, Any], name: str = "joint") -> str:
+    error = one.get(f"{name}_stderr")
+    return "" if error is None else f" ± {compact(error)}"
 
 
 def _compared(one: Mapping[str, Any], applied: str) -> list[str]:

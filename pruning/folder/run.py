@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from leanstep._checkpoint.files import check_apart, check_output, check_space, new_folder
 from leanstep._checkpoint.mapped import RESIDENT, CopiesInFiles, ResidentSet, Scratch
 from leanstep._files import exclusive_lock, output_folder, restore_replaced
+from leanstep._process import processor_name
 from leanstep._processes import Processes
 from leanstep._version import __version__
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget
@@ -40,14 +41,14 @@ from leanstep.pruning.folder.checkpoint import (
     write_report,
     write_weights,
 )
-from leanstep.pruning.folder.estimate import largest_files, patch_count
+from leanstep.pruning.folder.estimate import largest_files, patch_count, seconds_of
 from leanstep.pruning.folder.files import DTYPES, Checkpoint, most_common_dtype, open_checkpoint, written_bytes
 from leanstep.pruning.folder.kinds import Judge, judge_of
 from leanstep.pruning.folder.loading import checkpoint_values, empty_model_of, load_model, stored_parameters
 from leanstep.pruning.folder.recovery import recover_model, space_beside
 from leanstep.pruning.folder.text import CalibrationText, held_out_hash, longest, perplexity_of, sequences_of
 from leanstep.pruning.measure.activation_cache import find_stages
-from leanstep.pruning.measure.batches import as_batches, hooked
+from leanstep.pruning.measure.batches import as_batches, evaluating, hooked
 from leanstep.pruning.measure.blocks import BlockMover
 from leanstep.pruning.measure.metrics import check_runs, kind_of, values_of
 from leanstep.pruning.measure.products import products_in
@@ -246,6 +247,8 @@ def _prune_into(
         begin(progress, "writing")
         result.notes.extend(filter(None, [*notes, unmapped_note(mapped), unchecked]))
         content |= result.to_dict()
+        if run.evaluate and not moves_blocks(torch.device(run.device)):
+            content["speed"] = _speed(model, calibration)
         with CopiesInFiles(joined):
             values = checkpoint_values(checkpoint, model)
         changed = write_weights(checkpoint, values, folder)
@@ -402,12 +405,12 @@ def _calibration(checkpoint: Checkpoint, given: _Calibration, *, several: bool) 
 
 
 def _pruned(model: nn.Module, calibration: _Calibration, execution: Execution, *, evaluate: bool) -> PruneResult:
-    held_out, perplexity, judge = calibration.held_out, dict[str, Any](), calibration.judge
+    held_out, judge = calibration.held_out, calibration.judge
     with products_in(model, calibration.config.products):
         if evaluate and judge is not None:
             dense = judge.outputs(model, held_out, execution.progress)
         elif evaluate:
-            perplexity["before"], perplexity["tokens"] = perplexity_of(model, held_out, execution.progress)
+            perplexity = perplexity_of(model, held_out, execution.progress).named("before")
         result = prune(
             model,
             calibration.data,
@@ -421,9 +424,18 @@ def _pruned(model: nn.Module, calibration: _Calibration, execution: Execution, *
             result.quality = {"samples": len(dense.rows), "before": judge.measures(dense)}
             result.quality["after"] = judge.measures(changed, dense)
         elif evaluate:
-            perplexity["after"], _ = perplexity_of(model, held_out, execution.progress)
-            result.perplexity = perplexity
+            result.perplexity = perplexity | perplexity_of(model, held_out, execution.progress).named("after")
     return result
+
+
+def _speed(model: nn.Module, calibration: _Calibration) -> dict[str, Any]:
+    """How fast the changed model reads a held-out sample alone, on this processor."""
+    with products_in(model, calibration.config.products), evaluating(model):
+        sample = as_batches(calibration.held_out, model)[0].sample(0)
+        # images count as they are, texts by their tokens
+        count, unit = (1, "samples") if sample.is_floating_point else (sample.numel, "tokens")
+        rate = count / seconds_of(lambda: sample.run(model), 0.05)
+    return {"per_second": rate, "unit": unit, "machine": f"{processor_name()}, {torch.get_num_threads()} threads"}
 
 
 @contextmanager

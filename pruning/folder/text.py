@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class CalibrationText:
         held_out: sequences for the comparison with uniform sparsity, and for perplexity; disjoint from the others.
         held_out_documents: texts for the held-out sequences; None: ``documents``.
         seq_len: tokens of a sequence; None: the least of the tokenizer's ``model_max_length``, the model's positions
-            and 2048.
+            and 512.
         seed: of the random choice of sequences.
 
     Raises:
@@ -61,8 +61,8 @@ class CalibrationText:
 
     documents: Iterable[str]
     label: str = "text"
-    samples: int = 128
-    curve_samples: int = 16
+    samples: int = 32
+    curve_samples: int = 4
     held_out: int = 8
     held_out_documents: Iterable[str] | None = None
     seq_len: int | None = None
@@ -278,8 +278,20 @@ def held_out_hash(held_out: Any) -> str | None:
     ).hexdigest()
 
 
-def perplexity_of(model: nn.Module, sequences: Any, progress: Progress | None = None) -> tuple[float, int]:
-    """Perplexity over some sequences, infinite where fp64 does not hold it, and the number of predicted tokens.
+class Perplexity(NamedTuple):
+    """Perplexity, infinite where fp64 does not hold it, its standard error over the sequences, and predicted tokens."""
+
+    value: float
+    stderr: float
+    tokens: int
+
+    def named(self, name: str) -> dict[str, Any]:
+        """The entries of ``perplexity`` in sparsity.json, under the name of a state of the model."""
+        return {name: self.value, f"{name}_stderr": self.stderr, "tokens": self.tokens}
+
+
+def perplexity_of(model: nn.Module, sequences: Any, progress: Progress | None = None) -> Perplexity:
+    """Perplexity over some sequences; the error is that of the loss times the perplexity, NaN for a single sequence.
 
     ``progress`` is called with (batches done, batches in all, "perplexity").
     """
@@ -291,8 +303,9 @@ def perplexity_of(model: nn.Module, sequences: Any, progress: Progress | None = 
             if progress is not None:
                 progress(number, len(batches), "perplexity")
             per_batch.append(cross_entropy_sums(batch.run(model), batch))
-    loss, tokens = summarise(per_batch).mean, int(sum(float(counts.sum()) for _, counts in per_batch))
+    loss, tokens = summarise(per_batch), int(sum(float(counts.sum()) for _, counts in per_batch))
     try:
-        return math.exp(loss), tokens
+        value = math.exp(loss.mean)
     except OverflowError:
-        return math.inf, tokens
+        value = math.inf
+    return Perplexity(value, value * loss.stderr, tokens)

@@ -35,12 +35,20 @@ class Batch:
     @property
     def size(self) -> int:
         """Number of samples."""
-        return next(tensor for tensor in (*self.args, *self.kwargs.values()) if isinstance(tensor, Tensor)).shape[0]
+        return next(self._tensors()).shape[0]
 
     @property
     def numel(self) -> int:
         """Elements of its largest input."""
-        return max(tensor.numel() for tensor in (*self.args, *self.kwargs.values()) if isinstance(tensor, Tensor))
+        return max(tensor.numel() for tensor in self._tensors())
+
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether an input is of floating point, as images are."""
+        return any(tensor.is_floating_point() for tensor in self._tensors())
+
+    def _tensors(self) -> Iterator[Tensor]:
+        return (tensor for tensor in (*self.args, *self.kwargs.values()) if isinstance(tensor, Tensor))
 
     def run(self, model: nn.Module) -> Any:
         """The model's output."""

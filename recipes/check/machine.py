@@ -5,7 +5,6 @@ import platform
 import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from leanstep._files import table_lines
@@ -17,15 +16,6 @@ PACKAGES = {
 }
 
 _DEFINITIONS = "the definitions run, in plain torch"
-
-
-def processor_name() -> str:
-    """Model of this machine's processor, as the system names it."""
-    name = platform.processor() or platform.machine()
-    if (file := Path("/proc/cpuinfo")).exists():
-        lines = file.read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return name
 
 
 def collect() -> dict[str, Any]:

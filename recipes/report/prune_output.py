@@ -6,12 +6,14 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from leanstep._files import format_bytes
-from leanstep.recipes.check.machine import processor_name
+from leanstep._process import processor_name
 from leanstep.recipes.report.formatting import format_duration, measure_text
 
 if TYPE_CHECKING:
     from leanstep.pruning import Estimate, PruneResult, RecoveryResult
 
+# seconds from which a run is told how to be shorter
+_LONG = 600
 OUT_OF_MEMORY = (
     "out of memory; take fewer or shorter sequences (--samples, --curve-samples, --seq-len), a smaller --batch-size or "
     "--activations disk. --dry-run states the memory"
@@ -45,13 +47,25 @@ def estimate_lines(estimate: "Estimate") -> list[str]:
         lines += [f"  {use:<28}{format_bytes(size):>12}" for use, size in estimate.device_memory.items()]
         lines.append("time is not estimated: the rates of that device are not known")
     else:
-        total = format_duration(sum(estimate.seconds.values()))
-        machine = f"{processor_name()}, {os.cpu_count()} processors"
-        lines.append(f"time about {total}: an estimate, at the rates of this machine ({machine}) as loaded now")
+        lines.append(time_line(estimate))
         lines += [f"  {use:<28}{format_duration(duration):>12}" for use, duration in estimate.seconds.items()]
     if estimate.reads:
         lines.append(f"the model does not fit into the free memory: {format_bytes(estimate.reads)} are read from disk")
     return lines + [f"not in the estimate: {what}" for what in estimate.not_counted]
+
+
+def time_line(estimate: "Estimate") -> str:
+    """How long a run takes, and of a long one which settings make it shorter."""
+    from leanstep.pruning.folder.estimate import QUICK
+
+    seconds = sum(estimate.seconds.values())
+    machine = f"{processor_name()}, {os.cpu_count()} processors"
+    line = f"time about {format_duration(seconds)}: an estimate, at the rates of this machine ({machine}) as loaded now"
+    if estimate.quick is None or seconds < _LONG or estimate.quick > seconds / 2:
+        return line
+    samples, curve_samples, tokens, minutes = QUICK
+    options = f"--samples {samples} --curve-samples {curve_samples} --seq-len {tokens} --minutes {minutes:g}"
+    return f"{line}\nshorter: about {format_duration(estimate.quick)} with {options}"
 
 
 def _spent(budget: dict[str, Any]) -> str:
@@ -110,6 +124,10 @@ def shown(value: Any) -> str:
     return "left out" if value is None else str(value)
 
 
+def _error(stderr: float) -> str:
+    return "" if math.isnan(stderr) else f" +- {stderr:.2g}"
+
+
 def summary_of(result: "PruneResult", layers: list[dict[str, Any]], out: str) -> str:
     """Lines about a result that was written to the folder ``out``, with the rows ``layers`` in its report."""
     from leanstep.pruning.result import sparsity_of
@@ -138,11 +156,9 @@ def summary_of(result: "PruneResult", layers: list[dict[str, Any]], out: str) ->
             f"{result.metric} on the judging data {first} before, {last} after, pruned anew"
         )
     for one in result.compared:
-        error = "" if one.joint_stderr != one.joint_stderr else f" +- {one.joint_stderr:.2g}"
         summed = "" if math.isnan(one.summed) else f"; single matrices sum to {one.summed:.4g}"
-        joint = (
-            f"{result.metric} {one.joint:.4g}{error} with all matrices {'in their formats' if compressed else 'pruned'}"
-        )
+        changed = "in their formats" if compressed else "pruned"
+        joint = f"{result.metric} {one.joint:.4g}{_error(one.joint_stderr)} with all matrices {changed}"
         lines.append(f"held out       {one.method}: {joint}{summed}")
     changes = {one.method: one.joint for one in result.compared}
     written, uniform = changes.get(result.allocation.method, math.nan), changes.get("uniform", math.nan)
@@ -153,8 +169,11 @@ def summary_of(result: "PruneResult", layers: list[dict[str, Any]], out: str) ->
     if result.reconstruction:
         lines.append(reconstruction_line(result.reconstruction, result.metric))
     if result.perplexity:
-        before, after = result.perplexity["before"], result.perplexity["after"]
-        lines.append(f"perplexity     {before:.2f} before, {after:.2f} after ({result.perplexity['tokens']:,} targets)")
+        before, after = (
+            f"{result.perplexity[name]:.2f}{_error(result.perplexity[f'{name}_stderr'])}"
+            for name in ("before", "after")
+        )
+        lines.append(f"perplexity     {before} before, {after} after ({result.perplexity['tokens']:,} targets)")
     if result.quality:
         lines += quality_lines(result.quality)
     if result.recovery is not None:

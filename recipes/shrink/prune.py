@@ -17,17 +17,27 @@ from leanstep._process import InterruptibleStart, allowed_memory, lacks_memory
 from leanstep.pruning.config import PruneConfig
 from leanstep.recipes.report.formatting import format_duration
 from leanstep.recipes.report.progress import ProgressBar
-from leanstep.recipes.report.prune_output import OUT_OF_MEMORY, estimate_lines, recovery_lines, shown, summary_of
+from leanstep.recipes.report.prune_output import (
+    OUT_OF_MEMORY,
+    estimate_lines,
+    recovery_lines,
+    shown,
+    summary_of,
+    time_line,
+)
 from leanstep.recipes.shrink.judge import judge, load_tasks, task_lines
 
 if TYPE_CHECKING:
     from leanstep._processes import Processes
-    from leanstep.pruning import CalibrationText, PruneResult, Recovery, RecoveryResult, Refinement
+    from leanstep.pruning import CalibrationText, Estimate, PruneResult, Recovery, RecoveryResult, Refinement
+    from leanstep.pruning.folder.files import Checkpoint
 
 __all__ = ["main"]
 
 # difference of --sparsity and the fraction of zeros, by rounding in small matrices
 _SAME_SPARSITY = 0.02
+# bytes of weights x tokens for the scores, below which a run takes seconds
+_SMALL = 10**10
 # sequences or images that judge exchanges
 _REFINE_SAMPLES = 32
 _Group = argparse._ArgumentGroup
@@ -177,10 +187,10 @@ def data_options(group: _Group) -> None:
     )
     add("--text-key", default="text", metavar="KEY", help="column of JSON or Parquet; default text")
     add("--label-key", metavar="KEY", help="column with the class, for classifiers; default label, if there is one")
-    add("--samples", type=int, default=128, metavar="N", help="sequences or images for scores; default 128")
-    add("--curve-samples", type=int, default=16, metavar="N", help="of --samples, those for curves; default 16")
+    add("--samples", type=int, default=32, metavar="N", help="sequences or images for scores; default 32")
+    add("--curve-samples", type=int, default=4, metavar="N", help="of --samples, those for curves; default 4")
     add("--held-out", type=int, default=8, metavar="N", help="sequences or images held out for checks; default 8")
-    add("--seq-len", type=int, metavar="N", help="tokens of a sequence; default: as trained, at most 2048")
+    add("--seq-len", type=int, metavar="N", help="tokens of a sequence; default: as trained, at most 512")
     add("--seed", type=whole, default=0, metavar="N", help="decides which sequences are taken; default 0")
 
 
@@ -287,6 +297,8 @@ def _prune(options: argparse.Namespace, bar: ProgressBar) -> "PruneResult | Reco
             progress=bar,
             **{name: value for name, value in data.items() if name != "curve_data"},
         )
+    if processes.is_first and device == "cpu" and data and not options.resume:
+        _announce(options, config, recovery, data["data"])
     return prune_checkpoint(
         options.checkpoint,
         options.out,
@@ -329,7 +341,6 @@ def _dryrun(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from leanstep._checkpoint.files import check_apart, check_new
-    from leanstep.pruning import Workload, estimate_pruning
     from leanstep.pruning.folder.checkpoint import check_files
     from leanstep.pruning.folder.files import open_checkpoint
     from leanstep.pruning.folder.run import check_device, check_run
@@ -352,20 +363,7 @@ def _dryrun(options: argparse.Namespace) -> int:
     tokens = options.seq_len
     if isinstance(data, CalibrationText):
         tokens = longest(sequences_of(checkpoint, data, refine=config.refine is not None)[0])
-    workload = Workload(
-        config,
-        samples=options.samples,
-        curve_samples=options.curve_samples,
-        held_out=options.held_out,
-        tokens=tokens,
-        activations=options.activations,
-        refine_samples=0 if config.refine is None else _refine_samples(options),
-        processes=options.nproc,
-        device=device,
-    )
-    estimate = estimate_pruning(
-        checkpoint, options.out, workload, include=options.include, exclude=options.exclude, recovery=recovery
-    )
+    estimate = _estimate(options, checkpoint, config, recovery, tokens, device)
     problems = estimate.problems()
     if options.json:
         print(json.dumps(asdict(estimate) | {"distills": estimate.distills, "problems": problems}))
@@ -380,6 +378,46 @@ def _dryrun(options: argparse.Namespace) -> int:
     for problem in problems:
         print(f"error: {options.checkpoint}: {problem}", file=sys.stderr)
     return 2 if problems else 0
+
+
+def _estimate(
+    options: argparse.Namespace,
+    checkpoint: "Checkpoint",
+    config: PruneConfig,
+    recovery: "Recovery | None",
+    tokens: int | None,
+    device: str,
+) -> "Estimate":
+    from leanstep.pruning import Workload, estimate_pruning
+
+    workload = Workload(
+        config,
+        samples=options.samples,
+        curve_samples=options.curve_samples,
+        held_out=options.held_out,
+        tokens=tokens,
+        activations=options.activations,
+        refine_samples=0 if config.refine is None else _refine_samples(options),
+        processes=options.nproc,
+        device=device,
+    )
+    return estimate_pruning(
+        checkpoint, options.out, workload, include=options.include, exclude=options.exclude, recovery=recovery
+    )
+
+
+def _announce(options: argparse.Namespace, config: PruneConfig, recovery: "Recovery | None", data: Any) -> None:
+    """Say on standard error how long a run on the CPU takes, unless its model and data are small."""
+    from leanstep.pruning import CalibrationText
+    from leanstep.pruning.folder.files import open_checkpoint
+    from leanstep.pruning.folder.loading import open_tokenizer
+    from leanstep.pruning.folder.text import sequence_length
+
+    checkpoint, tokens = open_checkpoint(options.checkpoint), None
+    if isinstance(data, CalibrationText):
+        tokens = sequence_length(checkpoint.folder, checkpoint.config, open_tokenizer(options.checkpoint), data.seq_len)
+    if checkpoint.size * options.samples * (tokens or 1) > _SMALL:
+        print(time_line(_estimate(options, checkpoint, config, recovery, tokens, "cpu")), file=sys.stderr, flush=True)
 
 
 def _refuse_other_settings(options: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """Small models for the tests of pruning: random weights, always the same, of every architecture that is handled."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 preload("leanstep.pruning.folder.run", "transformers.models.llama.modeling_llama")
 
 VOCABULARY = 64
+# how fast the model was when a folder was written, which no other run repeats
+_SPEED = re.compile(rb'"per_second": [\d.]+|Speed of reading \| [^ ]+')
 
 
 def make_llama(layers: int = 3, seed: int = 0, **settings):
@@ -142,3 +145,8 @@ def save_model(model, folder: Path, **settings) -> Path:
     model.save_pretrained(folder, **settings)
     save_tokenizer(folder)
     return folder
+
+
+def snapshot(folder):
+    """The bytes of all files of a folder, without measured speeds."""
+    return {path.name: _SPEED.sub(b"", path.read_bytes()) for path in folder.iterdir()}

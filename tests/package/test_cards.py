@@ -1,9 +1,13 @@
-"""Model cards, as huggingface_hub reads them."""
+"""Model cards, as huggingface_hub reads them, and as it sends them to the hub's check."""
 
+import json
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import InferenceClient, ModelCard, constants, metadata_load
+from huggingface_hub.utils import validate_repo_id
 from pruned_models import make_llama, save_model
 from transformers import AutoModelForCausalLM
 
@@ -22,8 +26,53 @@ def base(tmp_path):
     return tmp_path / "base"
 
 
+class Hub(BaseHTTPRequestHandler):
+    """Answers ``ModelCard.validate`` as the hub does: 400 with the reason for metadata that are not legal."""
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        try:
+            assert self.path == "/api/validate-yaml" and asked["repoType"] == "model"
+            self.check(asked["content"])
+            status, text = 200, "{}"
+        except (AssertionError, ValueError) as error:
+            status, text = 400, str(error)
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def check(self, content):
+        self.server.file.write_text(content)
+        data = metadata_load(self.server.file)
+        for name in ("license", "license_name", "library_name", "pipeline_tag", "base_model"):
+            assert isinstance(data.get(name, ""), str), name
+        assert data.get("license") != "other" or "license_name" in data, "license other has a name"
+        assert data.get("base_model_relation", "merge") in ("adapter", "finetune", "merge", "quantized"), "relation"
+        assert ("base_model" in data) == ("base_model_relation" in data), "a relation has a base"
+        validate_repo_id(data.get("base_model", "a/b"))
+        task = data.get("pipeline_tag", "text-generation").replace("-", "_")
+        assert hasattr(InferenceClient, task), "a task is one of the hub's"
+        assert all(isinstance(tag, str) and tag for tag in data["tags"]), "tags are texts"
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def hub(tmp_path, monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.file = tmp_path / "sent.md"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield
+    server.shutdown()
+    server.server_close()
+
+
 def metadata(folder):
     card = ModelCard.load(folder / "README.md")
+    card.validate()
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
     assert "The words of the base" not in card.text
     return card.data.to_dict()
@@ -41,6 +90,15 @@ def test_pruned_and_exported_folders_have_cards_with_licence_and_base(base, tmp_
     export_folder(out, tmp_path / "sparse", values="int8")
     assert metadata(tmp_path / "sparse")["base_model_relation"] == "quantized"
     assert metadata(tmp_path / "sparse")["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize(
+    "wrong", ["license: other", "pipeline_tag: talk", "base_model: a/b", "base_model: a b\nbase_model_relation: merge"]
+)
+def test_metadata_that_are_not_legal_are_refused(wrong):
+    ModelCard("---\ntags: [a]\n---\n").validate()
+    with pytest.raises(ValueError, match=r"has a name|one of the hub|has a base|Repo id"):
+        ModelCard(f"---\ntags: [a]\n{wrong}\n---\n").validate()
 
 
 def test_an_adapter_has_a_card_and_the_licence_of_its_base(base, tmp_path):

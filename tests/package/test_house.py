@@ -53,6 +53,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "learning rates by short runs": 269,
     },
     "lines of leanstep/": {
+        "speed and errors in cards, the time of a run first": 11,
         "what a new user met": 25,
         "recipe keys": 14,
         "parameters without names": 1,
@@ -66,6 +67,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "leanstep board": 32,
     },
     "lines of pruning/": {
+        "speed and errors in cards, the time of a run first": 42,
         "GGUF folders opened": 3,
         "tasks of prune and compress": 28,
         "local reconstruction": 438,
@@ -83,6 +85,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "races excluded": 442,
     },
     "lines of recipes/": {
+        "speed and errors in cards, the time of a run first": 42,
         "conversations in eval": 27,
         "what a new user met": 11,
         "standard errors of validation losses, holders of run folders": 25,
@@ -107,6 +110,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
     },
     "lines of the package": {
         "the ladder as one command, from benchmarks/": 693,
+        "speed and errors in cards, the time of a run first": 119,
         "conversations in eval": 27,
         "what a new user met": 38,
         "missing barriers": 477,
@@ -152,6 +156,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
     "lines of tests/": {
         "NEON in an emulator": 118,
         "the ladder as one command": 41,
+        "speed and errors in cards, the time of a run first": 88,
         "conversations in eval": 13,
         "what a new user met": 40,
         "missing barriers": 50,

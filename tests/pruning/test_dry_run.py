@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Wav2Vec2Config, Wav2Vec2
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from leanstep._checkpoint.mapped import Scratch
+from leanstep._process import processor_name
 from leanstep.cli import main
 from leanstep.pruning import (
     LayerStatistics,
@@ -39,7 +40,6 @@ from leanstep.pruning.planner import phase_costs
 from leanstep.pruning.score.calibration import pruner_bytes
 from leanstep.pruning.score.targets import prunable_names
 from leanstep.pruning.training.recovery_file import RecoveryFile
-from leanstep.recipes.check.machine import processor_name
 from leanstep.recipes.report.prune_output import estimate_lines
 
 SHAPES = {"8b": (4096, 14336, 32, 32, 8), "70b": (8192, 28672, 80, 64, 8)}
@@ -95,6 +95,7 @@ def test_the_command_states_what_a_large_model_takes_and_ends(size, tmp_path, mo
     monkeypatch.setattr(module, "free_bytes", lambda path: 10**13)
     monkeypatch.setattr(module, "free_memory", lambda device: 10**12)
     command = ["prune", str(source), "--out", str(tmp_path / "out"), "--sparsity", "0.5", "--dry-run"]
+    command += ["--samples", "128", "--curve-samples", "16", "--seq-len", "2048"]
     assert main([*command, "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["parameters"] == numel and content["matrices"] == 7 * SHAPES[size][2]
@@ -432,7 +433,7 @@ def test_a_text_model_without_positions_is_estimated_with_the_longest_sequences(
     save_model(make("mamba"), tmp_path / "model")
     checkpoint = open_checkpoint(tmp_path / "model")
     assert "max_position_embeddings" not in checkpoint.config
-    workloads = [Workload(tokens=number, activations="disk") for number in (None, 2048, 2)]
+    workloads = [Workload(tokens=number, activations="disk") for number in (None, 512, 2)]
     asked, longest, shortest = (estimate_pruning(checkpoint, tmp_path / "o", one).disk for one in workloads)
     assert asked == longest != shortest
 
@@ -603,3 +604,20 @@ def test_a_model_that_does_not_run_without_values_is_named(tmp_path):
     (reason,) = estimate.not_counted
     assert reason.startswith("memory of recovery, since the model does not run without values")
     assert f"not in the estimate: {reason}" in estimate_lines(estimate)
+
+
+def test_a_long_run_is_told_settings_that_make_it_shorter_and_a_short_one_is_not(tmp_path):
+    headers_alone(tmp_path / "8b", *SHAPES["8b"])
+    save_model(make_llama(2), tmp_path / "small")
+    long, small = (
+        estimate_pruning(open_checkpoint(tmp_path / name), tmp_path / "o", Workload()) for name in ("8b", "small")
+    )
+    assert 600 < long.quick < sum(long.seconds.values()) / 2
+    (line,) = [line for line in "\n".join(estimate_lines(long)).splitlines() if line.startswith("shorter: about ")]
+    options = line.partition(" with ")[2].split()
+    assert options == ["--samples", "16", "--curve-samples", "4", "--seq-len", "256", "--minutes", "2"]
+    samples, curve_samples, tokens, minutes = map(float, options[1::2])
+    workload = Workload(samples=int(samples), curve_samples=int(curve_samples), tokens=int(tokens), minutes=minutes)
+    settings = estimate_pruning(open_checkpoint(tmp_path / "8b"), tmp_path / "o", workload)
+    assert settings.quick == pytest.approx(sum(settings.seconds.values()))
+    assert not any("shorter" in line for line in estimate_lines(settings)[-20:] + estimate_lines(small))

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from forked import finish_code
-from pruned_models import images, make_llama, make_vit, save_model
+from pruned_models import images, make_llama, make_vit, save_model, snapshot
 from texts import sentences
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,6 +26,7 @@ from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.folder.text import sequences_of
 from leanstep.pruning.result import PruneResult
 from leanstep.recipes.report.progress import ProgressBar
+from leanstep.recipes.shrink import prune as command
 from leanstep.sparsity import verify
 
 SMALL = ["--samples", "6", "--curve-samples", "3", "--held-out", "2", "--seq-len", "24", "--levels", "0.4,0.6,0.8"]
@@ -44,10 +46,6 @@ def leanstep_prune(base, out, *more, data="text.txt"):
     return main(["prune", str(base / "model"), "--out", str(out), "--data", str(base / data), *SMALL, *more])
 
 
-def snapshot(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.fixture(scope="module")
 def pruned(base, tmp_path_factory):
     out = tmp_path_factory.mktemp("pruned") / "out"
@@ -55,6 +53,13 @@ def pruned(base, tmp_path_factory):
     assert leanstep_prune(base, out, "--sparsity", "0.6", "--eval") == 0
     assert snapshot(base / "model") == before
     return out
+
+
+def test_a_run_that_is_not_small_begins_with_its_time(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "_SMALL", 0)
+    assert leanstep_prune(base, tmp_path / "out", "--sparsity", "0.6") == 0
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first == "loading torch and transformers" and second.startswith("time about 0:")
 
 
 def test_the_folder_opens_everywhere_and_says_what_was_done(base, pruned):
@@ -71,7 +76,15 @@ def test_the_folder_opens_everywhere_and_says_what_was_done(base, pruned):
         zeros = float((target.weight == 0).float().mean())
         assert content["tensors"][target.name]["sparsity"] == pytest.approx(zeros)
     assert set(content["tensors"]) == {target.name for target in targets}
-    assert content["perplexity"]["before"] > 1 and content["perplexity"]["tokens"] == 2 * 23
+    perplexity, card = content["perplexity"], (pruned / "README.md").read_text()
+    assert perplexity["before"] > 1 and perplexity["tokens"] == 2 * 23
+    text = CalibrationText(((base / "text.txt").read_text(),), samples=6, curve_samples=3, held_out=2, seq_len=24)
+    _, held_out, _ = sequences_of(open_checkpoint(pruned), text)
+    losses = torch.stack([model(input_ids=one[None], labels=one[None]).loss.detach() for one in held_out])
+    assert perplexity["after"] == pytest.approx(float(losses.mean().exp()), rel=1e-4)
+    assert perplexity["after_stderr"] == pytest.approx(float(losses.mean().exp() * losses.std() / 2**0.5), rel=1e-3)
+    assert f"| Perplexity after | {perplexity['after']:.2f} ± " in card
+    assert re.search(r"\| Speed of reading \| [\d.]+K? tokens/s on .+, \d+ threads \(in torch\) \|", card)
     assert content["held_out"]["ratio"] == pytest.approx(content["held_out"]["joint"] / content["held_out"]["summed"])
     assert {one["method"] for one in content["compared"]} == {"dp", "uniform"}
     config = json.loads((pruned / "config.json").read_text())
@@ -383,8 +396,7 @@ def test_a_killed_run_resumes_to_the_same_folder(base, pruned, tmp_path):
     assert measured.count("\n") == 11 and measured.endswith('["model.laye')
     assert main([*arguments, "--sparsity", "0.6", "--eval", "--resume"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    for name, raw in snapshot(pruned).items():
-        assert (out / name).read_bytes() == raw, name
+    assert snapshot(out) == snapshot(pruned)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 from forked import finish_code
-from pruned_models import make_llama, save_model
+from pruned_models import make_llama, save_model, snapshot
 from safetensors import safe_open
 from texts import sentences
 from transformers import AutoModelForCausalLM
@@ -67,10 +67,6 @@ def recovered(base, tmp_path_factory):
     return out
 
 
-def snapshot(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def tensors(folder):
     values = {}
     for path in folder.glob("*.safetensors"):
@@ -116,7 +112,7 @@ def test_recovery_on_other_text_compares_perplexities_of_that_text_alone(base, p
     command[command.index(str(base / "text.txt"))] = str(tmp_path / "other.txt")
     assert main(command) == 0
     before, after = content_of(pruned), content_of(out)
-    assert set(after["perplexity"]) == {"after", "recovered", "tokens"}
+    assert set(after["perplexity"]) == {"after", "after_stderr", "recovered", "recovered_stderr", "tokens"}
     assert after["perplexity"]["after"] != before["perplexity"]["after"]
     assert after["held_out_data"] != before["held_out_data"]
     assert any("not on those of pruning" in note for note in after["notes"])
@@ -260,10 +256,7 @@ def test_files_that_a_killed_run_left_beside_its_folder_go(base, pruned, tmp_pat
 
 
 def copied(folder, out):
-    out.mkdir()
-    for name, raw in snapshot(folder).items():
-        (out / name).write_bytes(raw)
-    return out
+    return shutil.copytree(folder, out)
 
 
 def test_a_recovery_that_was_not_applied_can_be_tried_again(base, pruned, tmp_path, capsys):
@@ -393,10 +386,7 @@ def test_a_folder_below_the_home_is_found_again(base, pruned, tmp_path, monkeypa
 
 def test_a_run_killed_while_it_replaces_the_folder_loses_neither(base, pruned, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    pruned_files = snapshot(pruned)
-    out.mkdir()
-    for name, raw in pruned_files.items():
-        (out / name).write_bytes(raw)
+    shutil.copytree(pruned, out)
     replace = os.replace
 
     def dying(old, new):
@@ -471,10 +461,7 @@ def test_a_folder_that_is_not_the_pruned_one_is_refused(base, pruned, tmp_path):
         recover_checkpoint(base / "model", base / "model", text, Recovery(2))
     with pytest.raises(ValueError, match="was pruned from .*, not from elsewhere"):
         recover_checkpoint("elsewhere", pruned, text, Recovery(2))
-    out = tmp_path / "out"
-    out.mkdir()
-    for name, raw in snapshot(pruned).items():
-        (out / name).write_bytes(raw)
+    out = shutil.copytree(pruned, tmp_path / "out")
     content = content_of(out)
     content["layers"][3]["nonzero"] -= 1
     (out / "sparsity.json").write_text(json.dumps(content))
