@@ -279,12 +279,14 @@ def merged_weight(layer: LoRALayer, keep_mask: bool = False) -> Tensor:
 
 
 @torch.no_grad()
-def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def merged_state_dict(model: nn.Module, device: torch.device | str | None = None) -> dict[str, Tensor]:
     """The ``state_dict`` of the base model with the adapter merged, without changing the model.
 
-    Copies the weights of adapted layers. Lists parameters tied to one of them under every name; save the model inside
-    :func:`config_of_merged`, so that its config matches. Quantised layers, adapted or not, have the dense matrices that
-    their products use: the state takes the memory of the dense model. Raises ValueError for parametrized bases.
+    Copies the weights of adapted layers. With ``device``, every tensor goes there as soon as it is merged, so that the
+    model's own device holds one more matrix at a time. Lists parameters tied to one of them under every name; save the
+    model inside :func:`config_of_merged`, so that its config matches. Quantised layers, adapted or not, have the dense
+    matrices that their products use: the state takes the memory of the dense model. Raises ValueError for parametrized
+    bases.
     """
     model = unwrapped(model)
     # a module may have several names, such as the embeddings of a T5 whose vocabulary was resized
@@ -317,6 +319,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
         tensor = _merged_tensor(owner, module, key, value, with_rows) if earlier is None else earlier
         # a copy, so that the file stores tied parameters under every name
         repeated = owner_and_key in untied and (tensor is value or tensor is earlier)
+        tensor = tensor if device is None else tensor.to(device)
         merged[owner_and_key], state[name] = tensor, tensor.clone() if repeated else tensor
     return state
 

@@ -1,14 +1,17 @@
-"""Memory and time of pretraining LLaMAs of 60M to 1B, by what ``leanstep check`` computes.
+"""Memory and time of pretraining LLaMAs of 60M to 1B, and memory of tuning 7B, by what ``leanstep check`` computes.
 
     python benchmarks recipes/sizes [--write]
 
-``--write`` puts the table into docs/choose.md. No weight is allocated.
+``--write`` puts the tables into docs/choose.md. No weight is allocated.
 """
 
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from common import command_line
-from comparison.tables import write_block
+from comparison.tables import markdown, write_block
+from transformers import LlamaConfig
 
 from leanstep.recipes.check.costs import estimate, flops_per_token, meta_model, peak_flops
 from leanstep.recipes.config.loader import load
@@ -27,6 +30,14 @@ OPTIMIZERS = {
         "optimizer={name: sinkgd, lr: 1e-2, embeddings: balanced}",
         "release_gradients=true",
     ],
+}
+# overrides of smollm-chat-lora
+TUNED = {
+    "all weights, AdamW": ["lora=null"],
+    "all weights, SinkGD, gradients released": ["lora=null", *OPTIMIZERS["SinkGD, gradients released"]],
+    "LoRA of rank 16, AdamW": [],
+    "the same on 8 bits": ["lora.quantize_base=int8"],
+    "the same on 4 bits": ["lora.quantize_base=nf4"],
 }
 VOCABULARY = 32_000
 # of the data sheet's peak, a share that is common in training
@@ -72,9 +83,28 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def tuned(names: tuple[str, ...] = tuple(TUNED)) -> str:
+    """The table of fine-tuning a LLaMA of 7B on a GPU."""
+    lines = [
+        "`python benchmarks recipes/sizes`: GB as above, for `smollm-chat-lora` on the first LLaMA of 7B, weights and",
+        "state in bf16, recomputed activations, 1 sequence of 1,024 tokens. On a GPU the merged model is in the host's",
+        "memory:",
+    ]
+    with TemporaryDirectory() as folder:
+        LlamaConfig().save_pretrained(folder)
+        same = [f"model.init_from={folder}", "precision=bf16-pure", "data.seq_len=1024", "batch.micro_batch_size=1"]
+        same += ["activation_checkpointing=true"]
+        rows = []
+        for name in names:
+            memory = estimate(load("smollm-chat-lora", [*same, *TUNED[name]]), VOCABULARY)
+            on_gpu = replace(memory, merged=0, merged_in_host=memory.merged)
+            merged = f"{memory.merged / 1e9:.1f}" if memory.merged else "–"
+            rows.append([name, f"{on_gpu.peak / 1e9:.1f}", merged])
+    return "\n".join([*lines, "", markdown(["", "GPU", "merged model"], rows)])
+
+
 def main() -> None:
-    """Print the table, or write it into its page."""
-    if PARSER.parse_args().write:
-        print(write_block("sizes", table(), Path(__file__).parents[2]))
-    else:
-        print(table())
+    """Print the tables, or write them into their page."""
+    write = PARSER.parse_args().write
+    for name, text in (("sizes", table()), ("tuned", tuned())):
+        print(write_block(name, text, Path(__file__).parents[2]) if write else text)

@@ -56,8 +56,9 @@ class MemoryEstimate:
         exchange: DDP's gradient buckets; 0 on one process.
         sparsity: masks of sparse or pruned weights (a byte per weight), and the masked copies of sparse weights.
         average: averages of the trained weights (``ema``), in fp32.
-        merged: of a run with adapters, the merged model in the run's dtype, which it writes to its folder. It needs
-            that memory, too, but no activations and gradients meanwhile.
+        merged: of a run with adapters on a CPU, the merged model in the run's dtype, which it writes to its folder. It
+            needs that memory, too, but no activations and gradients meanwhile.
+        merged_in_host: the same of a run on another device. It lies in the host's memory and is no part of the peak.
     """
 
     weights: int
@@ -69,11 +70,12 @@ class MemoryEstimate:
     sparsity: int = 0
     average: int = 0
     merged: int = 0
+    merged_in_host: int = 0
 
     @property
     def peak(self) -> int:
         """The most at any time, and a tenth more for allocator rounding, workspaces and fragmentation."""
-        training = sum(astuple(replace(self, merged=0)))
+        training = sum(astuple(replace(self, merged=0, merged_in_host=0)))
         return int(max(training, self.weights + self.optimizer_state + self.merged) * 1.1)
 
     def rows(self) -> list[tuple[str, int]]:
@@ -88,10 +90,11 @@ class MemoryEstimate:
             ("masks, masked weights", self.sparsity),
             ("averaged weights", self.average),
             ("merged model, when written", self.merged),
+            ("merged model, in the host's memory", self.merged_in_host),
             ("peak, with a margin of 10 %", self.peak),
         ]
-        optional = ("gradient exchange", "masks, masked weights", "averaged weights", "merged model, when written")
-        return [(name, size) for name, size in named if size or name not in optional]
+        optional = ("gradient exchange", "masks,", "averaged weights", "merged model")
+        return [(name, size) for name, size in named if size or not name.startswith(optional)]
 
 
 @contextmanager
@@ -197,7 +200,7 @@ def _measured(config: RunConfig, vocab_size: int, world_size: int, device: str) 
         exchange=gradient if world_size > 1 and not sharded else 0,
         sparsity=_sparsity_bytes(config, vocab_size),
         average=average,
-        merged=merged,
+        **{"merged" if torch.device(device).type == "cpu" else "merged_in_host": merged},
     )
 
 
@@ -396,7 +399,7 @@ def disk_need(config: RunConfig, memory: MemoryEstimate, world_size: int = 1) ->
     ``memory`` is that of one process; with FSDP2 each of ``world_size`` processes writes its shard.
     """
     shards = world_size if config.distributed.strategy == "fsdp2" else 1
-    model = shards * (memory.merged or memory.weights)
+    model = shards * (memory.merged or memory.merged_in_host or memory.weights)
     checkpoint = model + shards * (memory.optimizer_state + memory.average)
     count = config.checkpoint.keep_last + 1 + int(config.checkpoint.keep_best)
     return checkpoint, count * checkpoint + (1 + bool(memory.average)) * model

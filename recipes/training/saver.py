@@ -166,7 +166,7 @@ class Saver:
         yield
         if self._accelerator.is_main_process:
             if is_adapted(model):
-                weights = merged_state_dict(model)
+                weights = merged_state_dict(model, device="cpu")
             elif sparse_layers(model):
                 # masked weights under plain names
                 weights = plain_state_dict(model, weights)

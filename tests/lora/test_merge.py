@@ -223,6 +223,7 @@ def test_a_tied_weight_is_untied_until_it_is_unmerged(build, target, other, dora
 def test_the_merged_state_of_a_tied_model_opens_too(tmp_path):
     model = adapted(tiny_gpt2, {"target_modules": ["wte", "c_attn"]})
     wanted, state = model(tokens()).logits, merged_state_dict(model)
+    assert all(tensor.is_meta for tensor in merged_state_dict(model, device="meta").values())
     with config_of_merged(model):
         model.save_pretrained(tmp_path, state_dict=state)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)

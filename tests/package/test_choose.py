@@ -48,3 +48,5 @@ def test_the_table_of_sizes_is_what_check_computes(monkeypatch):
         assert rows[optimizer][0] == sizes.gigabytes("60m", optimizer)
         assert rows[optimizer][-1] == sizes.gigabytes("1b", optimizer)
     assert [rows[name][-1] for name in rows if name.startswith(("tokens", "hours"))] == list(sizes.hours("1b"))
+    row = "the same on 4 bits"
+    assert sizes.tuned((row,)).splitlines()[-1] in block("choose.md", "tuned").splitlines()
