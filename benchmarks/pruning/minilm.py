@@ -30,7 +30,7 @@ from comparison.tables import markdown, measure_or_report
 
 PARSER = command_line(
     __doc__, model=("", "a folder in place of the package's"), seeds=[0, 1, 2], samples=32, held_out=32, seq_len=64,
-    curves=("fisher", "how curves are obtained"),
+    curves=("anchored", "how curves are obtained"), minutes=(1.0, "of measurements for them"),
     out=Path("runs/minilm.jsonl"), write=(False, "with --report: write the table into docs/"),
 )  # fmt: skip
 PARSER.add_argument("--report", type=Path, help="a file of results whose table to print")
@@ -38,7 +38,7 @@ WAYS = {
     "prune --sparsity 0.5": "50 % zeros",
     "compress --format dense --bits-per-weight 4.5": "4.5 bits per weight",
 }
-SETTINGS = ("samples", "held_out", "seq_len", "curves")
+SETTINGS = ("samples", "held_out", "seq_len", "curves", "minutes")
 
 
 def unpack(folder: Path) -> Path:

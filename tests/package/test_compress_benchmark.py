@@ -70,8 +70,8 @@ def test_a_search_ends_where_no_step_of_one_weight_gains(search, rounding, monke
 def test_an_embedding_model_is_pruned_and_compressed_beside_uniform_allocations(tmp_path):
     folder, out = save_folder(tmp_path / "model", "bert"), tmp_path / "r.jsonl"
     for parts in benchmark_modules("pruning", ("minilm",)):
-        arguments = ["--samples", "20", "--held-out", "4", "--seq-len", "16", "--seeds", "0", "--out"]
-        options = parts.minilm.PARSER.parse_args(["--model", str(folder), *arguments, str(out)])
+        arguments = ["--samples", "20", "--held-out", "4", "--seq-len", "16", "--curves", "fisher", "--seeds", "0"]
+        options = parts.minilm.PARSER.parse_args(["--model", str(folder), *arguments, "--out", str(out)])
         parts.minilm.run(options)
         rows = [json.loads(line) for line in out.read_text().splitlines()]
         assert [row["metric"] for row in rows] == ["cosine", "cosine"]
