@@ -4,6 +4,20 @@
 :func:`use_backend` selects one; ``leanstep info`` prints the backend of each op on this machine, and why it runs.
 """
 
+if __name__ == "kernels":
+    # In the root of a clone, Python takes this folder for Hugging Face's package `kernels`, which transformers imports.
+    import sys
+    from importlib.machinery import PathFinder
+    from importlib.util import module_from_spec
+    from pathlib import Path
+
+    _root = Path(__file__).resolve().parents[1]
+    _spec = PathFinder.find_spec(__name__, [entry for entry in sys.path if Path(entry).resolve() != _root])
+    if _spec is None or _spec.loader is None:
+        raise ModuleNotFoundError("No module named 'kernels' (leanstep's is leanstep.kernels)", name=__name__)
+    sys.modules[__name__] = module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules[__name__])
+
 from leanstep.kernels._backend import BackendError, backend_table, use_backend
 from leanstep.kernels.fisher.block_inverse_fisher import BlockInverseFisher
 from leanstep.kernels.fisher.gradient_window import linear_combination, row_dots

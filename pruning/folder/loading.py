@@ -278,7 +278,12 @@ def open_model(
     check_weights(source, model_class, new_heads=new_heads)
     with _opening("model", source) as path, _quiet(reports=True), _mapping_files(always=mapped):
         model = _class(model_class).from_pretrained(
-            path, dtype=dtype, trust_remote_code=False, ignore_mismatched_sizes=bool(new_heads), **_gguf(Path(path))
+            path,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_kernels=False,
+            ignore_mismatched_sizes=bool(new_heads),
+            **_gguf(Path(path)),
         )
     if finite:
         check_finite(model.state_dict().items(), source)
@@ -304,6 +309,7 @@ def check_weights(source: str | Path, model_class: Any = None, *, new_heads: Ite
             dtype="auto",
             device_map="meta",
             trust_remote_code=False,
+            use_kernels=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **_gguf(Path(path)),

@@ -71,7 +71,12 @@ def load_sparse(
     try:
         with nobody_asked():
             model, info = model_class.from_pretrained(
-                str(folder), dtype=dtype, device_map=device_map, trust_remote_code=False, output_loading_info=True
+                str(folder),
+                dtype=dtype,
+                device_map=device_map,
+                trust_remote_code=False,
+                use_kernels=False,
+                output_loading_info=True,
             )
     except Exception as error:  # transformers and safetensors raise many types for a damaged file
         raise ValueError(f"{folder} cannot be loaded: {reason(error)}") from error

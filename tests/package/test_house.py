@@ -68,6 +68,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "leanstep board": 32,
     },
     "lines of pruning/": {
+        "transformers 5.25": 6,
         "speed and errors in cards, the time of a run first": 42,
         "GGUF folders opened": 3,
         "tasks of prune and compress": 28,
@@ -76,8 +77,14 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "compress to sparse files": 340,
         "embedding models and classifiers": 395,
     },
-    "lines of sparsity/": {"compress to sparse files": 59, "model cards": 5, "sparse products prepared once": 1},
+    "lines of sparsity/": {
+        "transformers 5.25": 4,
+        "compress to sparse files": 59,
+        "model cards": 5,
+        "sparse products prepared once": 1,
+    },
     "lines of kernels/": {
+        "transformers 5.25": 14,
         "the ladder as one command, from benchmarks/": 693,
         "missing barriers": 481,
         "LANTON with few launches": 15,
@@ -111,6 +118,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "embedding models and classifiers": 156,
     },
     "lines of the package": {
+        "transformers 5.25": 25,
         "QLoRA of 7B merged in the host": 6,
         "the ladder as one command, from benchmarks/": 693,
         "speed and errors in cards, the time of a run first": 119,
@@ -157,6 +165,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "int4 by AVX2's byte shuffles": 39,
     },
     "lines of tests/": {
+        "transformers 5.25": 25,
         "QLoRA of 7B merged in the host": 7,
         "NEON in an emulator": 118,
         "the ladder as one command": 41,

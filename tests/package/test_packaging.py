@@ -12,6 +12,7 @@ import tomllib
 import venv
 import zipfile
 from email.parser import Parser
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,15 @@ def modules_of(wheel: Path) -> list[str]:
     """Dotted names of all Python modules in the wheel."""
     names = [Path(name) for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")]
     return sorted(".".join(p.parent.parts if p.name == "__init__.py" else p.with_suffix("").parts) for p in names)
+
+
+def test_in_the_root_of_a_clone_transformers_gets_hugging_faces_kernels(monkeypatch):
+    """`python -c` puts the working folder on the path, in which a folder has the package's name."""
+    pytest.importorskip("kernels", reason="transformers 5.25 brings it")
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    code = "import kernels, leanstep.kernels, transformers.activations; print(kernels.__version__, leanstep.kernels)"
+    printed = run(sys.executable, "-c", code, cwd=ROOT)
+    assert printed.startswith(version("kernels")) and str(ROOT) in printed
 
 
 def test_every_package_folder_is_listed():
