@@ -12,11 +12,11 @@ Import the same objects from :mod:`leanstep.optimizers` and :mod:`leanstep.kerne
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from leanstep._version import __version__
-
 if TYPE_CHECKING:
     from leanstep.kernels import BackendError, backend_table, use_backend
     from leanstep.optimizers import *  # the other public names
+
+__version__ = "0.1.0"
 
 __all__ = [
     "LANTON",

@@ -504,6 +504,7 @@ def gguf_file(folder: Path) -> Path | None:
     return files[0] if len(files) == 1 else None
 
 
+RUN_WITHOUT_MODEL = " is a run that has no model yet: it writes one with each checkpoint, and at its end"
 GGUF_ONLY = (
     " has weights in GGUF only, which are quantised: expected a Hugging Face folder. Prune the model that they were "
     "made from, and convert the result"
@@ -545,6 +546,8 @@ def find_model_folder(path: str | Path) -> Path:
         if any(candidate.glob("*.safetensors")) or any(candidate.glob("*.bin")):
             return candidate
         raise ValueError(f"'{candidate}' has a config.json but no weights (model.safetensors)")
+    if (folder / "status.json").is_file():
+        raise ValueError(f"{folder}{RUN_WITHOUT_MODEL}")
     raise ValueError(
         f"'{path}' is no Hugging Face model: expected config.json and model.safetensors in it, or in its final/ "
         f"(a run) or hf/ (a checkpoint)"

@@ -14,6 +14,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from leanstep import __version__
 from leanstep._arguments import EXIT_BAD_INPUT, OneLineParser, html_page, port, positive
 from leanstep._process import (
     InterruptibleStart,
@@ -27,7 +28,6 @@ from leanstep._process import (
     system_refusal,
     wrong_launcher_variable,
 )
-from leanstep._version import __version__
 
 if TYPE_CHECKING:
     from leanstep.recipes.config.schema import RunConfig

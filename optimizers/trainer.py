@@ -13,7 +13,7 @@ from leanstep.optimizers.common.base import LeanOptimizer
 from leanstep.optimizers.create import class_named, create
 from leanstep.optimizers.lanton.halves import HalvesMarker
 
-__all__ = ["AxolotlPlugin", "MarkHalves", "optimizer_of"]  # noqa: F822, the plugin is made when it is asked for
+__all__ = ["MarkHalves", "optimizer_of"]
 
 
 def optimizer_of(
@@ -58,46 +58,6 @@ def _value(text: str) -> Any:
     with suppress(ValueError, SyntaxError):
         return ast.literal_eval(text)
     return text
-
-
-def __getattr__(name: str) -> Any:
-    """Make what axolotl imports here; the base classes are its own."""
-    if name == "AxolotlPlugin":
-        return _axolotl_plugin()
-    if name == "AxolotlArguments":
-        from pydantic import create_model
-
-        return create_model("AxolotlArguments", leanstep_optimizer=(str | None, None))
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _axolotl_plugin() -> Any:
-    from axolotl.integrations.base import BasePlugin
-
-    class AxolotlPlugin(BasePlugin):
-        """``optimizer: leanstep_NAME`` in axolotl's configuration, with ``optim_args`` as :func:`optimizer_of`."""
-
-        def get_input_args(self) -> str:
-            """Name the key that the configuration has besides axolotl's."""
-            return f"{__name__}.AxolotlArguments"
-
-        def register(self, cfg: Any) -> None:
-            """Take the name from the configuration before axolotl checks it against the names that it knows."""
-            before, prefix, name = str(cfg.get("optimizer") or "").partition("leanstep_")
-            if prefix and not before:
-                class_named(name, "optimizer: leanstep_NAME")
-                cfg["optimizer"], cfg["leanstep_optimizer"] = "adamw_torch", name
-
-        def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-            """Give the Trainer its optimizer, which it makes when training begins."""
-            if not cfg.get("leanstep_optimizer"):
-                return
-            unused = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")
-            if given := [key for key in unused if getattr(trainer.args, key, None) is not None]:
-                raise ValueError(f"{', '.join(given)}: these rates are of axolotl's optimizers; leave them out")
-            trainer.optimizer_cls_and_kwargs = optimizer_of(trainer.args, cfg["leanstep_optimizer"])
-
-    return AxolotlPlugin
 
 
 class MarkHalves(TrainerCallback):

@@ -21,8 +21,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from comparison.methods import METHODS
 from comparison.protocol import MIXTURE, ComparisonError, Protocol, Run
+from leanstep import __version__
 from leanstep._process import end_with_parent
-from leanstep._version import __version__
 from leanstep.recipes.check.costs import optimizer_state_bytes, unique_bytes
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.data.batches import Windows

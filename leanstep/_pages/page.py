@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from leanstep._version import __version__
+from leanstep import __version__
 
 TEMPLATES = Path(__file__).with_name("templates")
 # characters that neither HTML nor UTF-8 may contain

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from leanstep._checkpoint.configuration import check_folder
 from leanstep._checkpoint.files import TensorFile, load_pickled, read_json, shards
-from leanstep._files import GGUF_ONLY, local_folder
+from leanstep._files import GGUF_ONLY, RUN_WITHOUT_MODEL, local_folder
 
 INDEX = "model.safetensors.index.json"
 _BIN_INDEX = "pytorch_model.bin.index.json"
@@ -135,6 +135,8 @@ def _other_content(folder: Path) -> str:
             f"{folder} holds a PEFT adapter, not a model: merge it first (merge_and_unload() of PEFT, then "
             "save_pretrained), and prune that folder"
         )
+    if (folder / "status.json").is_file():
+        return f"{folder}{RUN_WITHOUT_MODEL}"
     return f"{folder}{GGUF_ONLY}" if any(folder.glob("*.gguf")) else ""
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from leanstep import __version__
 from leanstep._checkpoint.files import check_apart, check_output, check_space, new_folder
 from leanstep._checkpoint.mapped import RESIDENT, CopiesInFiles, ResidentSet, Scratch
 from leanstep._files import exclusive_lock, output_folder, restore_replaced
 from leanstep._process import processor_name
 from leanstep._processes import Processes
-from leanstep._version import __version__
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget
 from leanstep.pruning.compress.files import check_format, write_compressed
 from leanstep.pruning.config import Execution, Progress, PruneConfig, begin, read_config, read_fields, takes_fields

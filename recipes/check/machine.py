@@ -22,7 +22,7 @@ def collect() -> dict[str, Any]:
     """Collect versions, devices, the C++ compiler, and the backend of each operation with its reason. Imports torch."""
     import torch
 
-    from leanstep._version import __version__
+    from leanstep import __version__
     from leanstep.kernels import backend_table
     from leanstep.kernels.cpp_impl._build import cpp_compiler, uses_prebuilt
     from leanstep.kernels.cpp_impl._cache import folder_in_use

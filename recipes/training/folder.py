@@ -235,7 +235,7 @@ class RunFolder:
 
 def environment(**facts: Any) -> dict[str, Any]:
     """Collect ``facts``, versions, machine, time and git commit."""
-    from leanstep._version import __version__
+    from leanstep import __version__
 
     versions: dict[str, str] = {"leanstep": __version__, "python": platform.python_version()}
     for name in _PACKAGES:

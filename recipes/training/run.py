@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from leanstep import __version__
 from leanstep._checkpoint.card import write_card
 from leanstep._process import EXIT_CODES, InterruptibleStart, StopFlag, lacks_memory, processor_name
 from leanstep._torch import weight_count
-from leanstep._version import __version__
 from leanstep.recipes.check.costs import MemoryEstimate, check_layers, check_room, estimate, flops_per_token
 from leanstep.recipes.config.schema import RunConfig, targets_note
 from leanstep.recipes.config.values import recorded

@@ -22,7 +22,7 @@ ALLOWED_TO_FILE = {"leanstep/cli.py": {"recipes"}, "leanstep/__main__.py": {"cli
 FOLDERS = tuple(ALLOWED)
 # single modules of the import root that others may use
 ROOT_MODULES = {
-    "_version": "version", "__version__": "version", "cli": "cli", "_gguf": "gguf", "_pages": "page",
+    "__version__": "version", "cli": "cli", "_gguf": "gguf", "_pages": "page",
     "_arguments": "shared", "_checkpoint": "shared", "_files": "shared", "_memory": "shared",
     "_process": "shared", "_processes": "shared", "_torch": "shared",
 }  # fmt: skip

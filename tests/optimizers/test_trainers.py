@@ -225,8 +225,9 @@ def test_the_plugin_of_axolotl_takes_the_name_from_its_configuration(tmp_path, m
     base.BasePlugin = type("BasePlugin", (), {})
     for module in (types.ModuleType("axolotl"), types.ModuleType("axolotl.integrations"), base):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    module, _, name = "leanstep.optimizers.trainer.AxolotlPlugin".rpartition(".")
-    plugin = getattr(sys.modules[module], name)()
+    monkeypatch.delitem(sys.modules, "leanstep.axolotl", raising=False)
+    plugin = importlib.import_module("leanstep.axolotl").Plugin()
+    assert isinstance(plugin, base.BasePlugin)
     config = {"optimizer": "leanstep_lanton"}
     plugin.register(config)
     module, _, name = plugin.get_input_args().rpartition(".")

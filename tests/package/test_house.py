@@ -40,6 +40,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "costs for four targets": 2,
     },
     "lines of optimizers/": {
+        "the plugin of axolotl, to leanstep/": -40,
         "what a new user met": 23,
         "SinkGD without a rate, adapters by width": 9,
         "LANTON with few launches": 31,
@@ -54,6 +55,8 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "learning rates by short runs": 269,
     },
     "lines of leanstep/": {
+        "the plugin of axolotl, from optimizers/": 40,
+        "runs without a model named": 3,
         "speed and errors in cards, the time of a run first": 11,
         "what a new user met": 25,
         "recipe keys": 14,
@@ -68,6 +71,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "leanstep board": 32,
     },
     "lines of pruning/": {
+        "runs without a model named": 2,
         "transformers 5.25": 6,
         "speed and errors in cards, the time of a run first": 42,
         "GGUF folders opened": 3,
@@ -118,6 +122,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "embedding models and classifiers": 156,
     },
     "lines of the package": {
+        "runs without a model named": 5,
         "transformers 5.25": 25,
         "QLoRA of 7B merged in the host": 6,
         "the ladder as one command, from benchmarks/": 693,
@@ -165,6 +170,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "int4 by AVX2's byte shuffles": 39,
     },
     "lines of tests/": {
+        "runs without a model named": 8,
         "transformers 5.25": 25,
         "QLoRA of 7B merged in the host": 7,
         "NEON in an emulator": 118,

@@ -12,7 +12,7 @@ GOOD = {
     "kernels/op.py": "from leanstep.kernels.triton_impl import _common",
     "optimizers/lion.py": "from leanstep.kernels import lion_step\nfrom leanstep.optimizers import _state",
     "recipes/build.py": "from leanstep.optimizers import Lion",
-    "recipes/checkpoint.py": "from leanstep._version import __version__",
+    "recipes/checkpoint.py": "from leanstep import __version__",
     "leanstep/__init__.py": "from leanstep.optimizers import Lion",
     "leanstep/cli.py": "def main():\n    from leanstep.recipes import launch",
     "leanstep/__main__.py": "from leanstep.cli import main",

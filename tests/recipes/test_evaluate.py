@@ -327,6 +327,7 @@ def test_a_checkpoint_folder_is_a_model_too(trained, tmp_path):
         (["nowhere", "--data", "TEXT"], "'nowhere' is not there; expected a Hugging Face folder"),
         (["TEXT", "--data", "TEXT"], "is a file; expected a Hugging Face folder"),
         (["EMPTY", "--data", "TEXT"], "is no Hugging Face model: expected config.json and model.safetensors"),
+        (["BEGUN", "--data", "TEXT"], "BEGUN is a run that has no model yet"),
         (["NO_WEIGHTS", "--data", "TEXT"], "has a config.json but no weights"),
         (["BROKEN", "--data", "TEXT"], "could not open the model in"),
         (["OTHER_SHAPE", "--data", "TEXT"], "OTHER_SHAPE"),
@@ -340,8 +341,9 @@ def test_a_checkpoint_folder_is_a_model_too(trained, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_refusals(trained, tmp_path, capsys, argv, message):
     final = trained / "run" / "final"
-    for name in ("EMPTY", "NO_WEIGHTS", "BROKEN", "OTHER_SHAPE"):
+    for name in ("EMPTY", "BEGUN", "NO_WEIGHTS", "BROKEN", "OTHER_SHAPE"):
         (tmp_path / name).mkdir()
+    (tmp_path / "BEGUN" / "status.json").write_text('{"status": "running", "step": 6}')
     config = json.loads((final / "config.json").read_text())
     (tmp_path / "NO_WEIGHTS" / "config.json").write_text(json.dumps(config))
     (tmp_path / "BROKEN" / "config.json").write_text(json.dumps(config))
