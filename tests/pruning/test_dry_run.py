@@ -612,8 +612,12 @@ def test_a_long_run_is_told_settings_that_make_it_shorter_and_a_short_one_is_not
     long, small = (
         estimate_pruning(open_checkpoint(tmp_path / name), tmp_path / "o", Workload()) for name in ("8b", "small")
     )
-    assert 600 < long.quick < sum(long.seconds.values())
-    (line,) = [line for line in "\n".join(estimate_lines(long)).splitlines() if line.startswith("shorter: about ")]
+    seconds = sum(long.seconds.values())
+    assert 600 < long.quick < seconds
+    # how much shorter depends on the processor
+    told, untold = ("\n".join(estimate_lines(dataclasses.replace(long, quick=seconds / part))) for part in (2.1, 1.9))
+    assert "shorter" not in untold
+    (line,) = [line for line in told.splitlines() if line.startswith("shorter: about ")]
     options = line.partition(" with ")[2].split()
     assert options == ["--samples", "16", "--curve-samples", "4", "--seq-len", "256", "--minutes", "2"]
     samples, curve_samples, tokens, minutes = map(float, options[1::2])
