@@ -82,5 +82,7 @@ def test_an_embedding_model_is_pruned_and_compressed_beside_uniform_allocations(
 
 
 def test_the_page_is_that_of_the_committed_results(compress, rounding):
+    for parts in benchmark_modules("pruning", ("minilm",)):
+        check_page(parts.minilm.table, "minilm.jsonl")
     check_page(compress.table, "compress-*.jsonl")
     check_page(rounding.table, "rounding-*.jsonl")

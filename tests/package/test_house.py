@@ -171,6 +171,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
     },
     "lines of tests/": {
         "runs without a model named": 8,
+        "MiniLM over seeds": 3,
         "numbers of other processors": 8,
         "transformers 5.25": 25,
         "QLoRA of 7B merged in the host": 7,
