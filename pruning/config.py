@@ -146,7 +146,7 @@ class PruneConfig:
         reconstruct: steps in which each block, after it is pruned, is trained to the dense model's outputs of the
             block, on the inputs that the pruned and trained blocks before it produce. Zeros stay. See
             :func:`leanstep.pruning.training.reconstruction.reconstruct_block`. None: no training.
-        reconstruct_lr: the highest rate of these steps; None: 2e-3, with a menu 3e-4.
+        reconstruct_lr: the highest rate of these steps; None: 5e-4, with a menu 3e-4.
         products: dtype of the model's products: ``stored``, that of the weights; ``bf16``; or ``auto``: ``stored``,
             except for a 16-bit dtype in which this CPU is slow: its products are computed in bf16 where that is fast,
             else in fp32. See :func:`leanstep.pruning.measure.products.product_dtype`. Weights keep their dtype.
@@ -236,7 +236,7 @@ class PruneConfig:
     )
     reconstruct_lr: float | None = _setting(
         None,
-        "rms change of an entry in a step of a block; default 2e-3, of codes 3e-4",
+        "rms change of an entry in a step of a block; default 5e-4, of codes 3e-4",
         "afterwards",
         type=float,
         metavar="LR",
@@ -293,7 +293,7 @@ class PruneConfig:
     @property
     def reconstruction_rate(self) -> float:
         """The rate of ``reconstruct``, with the default filled in."""
-        default = 2e-3 if self.menu is None else 3e-4
+        default = 5e-4 if self.menu is None else 3e-4
         return default if self.reconstruct_lr is None else self.reconstruct_lr
 
     @property

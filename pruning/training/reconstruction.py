@@ -22,6 +22,7 @@ from leanstep.pruning.cost import Cost, Plan
 from leanstep.pruning.measure.activation_cache import ActivationCache, activation_bytes
 from leanstep.pruning.measure.measurement import stored_by_measurement
 from leanstep.pruning.measure.metrics import Distortion
+from leanstep.pruning.measure.products import product_dtype
 from leanstep.pruning.result import finite_values
 from leanstep.pruning.score.calibration import score_seconds
 from leanstep.pruning.score.targets import Group, Target, abbreviate
@@ -65,8 +66,8 @@ class BlockErrors(NamedTuple):
 def keep_zeros(weight: Tensor) -> Constraint:
     """The constraint that the present zeros of a weight stay, which holds a mask of 1 byte per weight."""
     mask = weight.detach() != 0
-    # weights may be on another device than the one that trains
-    return lambda trained: torch.where(mask.to(trained.device), trained, 0.0)
+    # weights may be on another device than the one that trains; a product takes half of the time of torch.where
+    return lambda trained: trained * mask.to(trained.device)
 
 
 def reconstruct_block(
@@ -104,9 +105,8 @@ def reconstruct_block(
         ValueError: for fewer than two examples.
 
     Notes:
-        Memory: 16-bit weights and inputs are trained in fp32. It holds the trained weights, their gradients and
-        momentum, what the constraints make of them, the best weights as they are stored, and the activations of an
-        example.
+        16-bit weights are trained in fp32. bf16 blocks compute in bf16 where that is fast, other 16-bit blocks in fp32.
+        Memory: trained weights, gradients, momentum, constrained weights, the best weights, activations of an example.
 
     References:
         "A Free Lunch in LLM Compression: Revisiting Retraining after Pruning", arXiv 2510.14444.
@@ -120,11 +120,15 @@ def reconstruct_block(
     trained = {
         name: _widened(weight.detach().to(device, copy=True)).requires_grad_() for name, weight in stored.items()
     }
+    # not fp16, whose gradients would underflow
+    dtypes = {weight.dtype for weight in stored.values()} | {product_dtype(torch.bfloat16, device=device)}
+    computed: Callable[[Any], Any] = (lambda value: value) if dtypes == {torch.bfloat16} else _widened
     others = [*parameters.items(), *block.named_buffers()]
-    rest = {name: _widened(tensor.detach().to(device)) for name, tensor in others if name not in trained}
+    rest = {name: computed(tensor.detach().to(device)) for name, tensor in others if name not in trained}
 
     def loss_of(weights: Mapping[str, Tensor], example: Example) -> Tensor:
-        args, kwargs = tree_map(_widened, (example.args, dict(example.kwargs)))
+        args, kwargs = tree_map(computed, (example.args, dict(example.kwargs)))
+        weights = {name: computed(weight.to(device, stored[name].dtype)) for name, weight in weights.items()}
         return relative_error(functional_call(block, {**rest, **weights}, args, kwargs), example)
 
     def constrained() -> dict[str, Tensor]:
@@ -132,8 +136,7 @@ def reconstruct_block(
 
     @torch.no_grad()
     def judge(weights: Mapping[str, Tensor]) -> float:
-        wide = {name: _widened(weight.to(device)) for name, weight in weights.items()}
-        losses = [loss_of(wide, examples[index]) for index in range(len(examples) - held_back, len(examples))]
+        losses = [loss_of(weights, examples[index]) for index in range(len(examples) - held_back, len(examples))]
         return float(torch.stack(losses).mean())
 
     held_back = max(1, len(examples) // _HELD_BACK)
@@ -146,7 +149,8 @@ def reconstruct_block(
         with torch.enable_grad():
             loss = loss_of(constrained(), examples[next(order)])
             loss.backward()
-        if not math.isfinite(float(loss.detach())) or not _are_finite(weight.grad for weight in trained.values()):
+        norm = nn.utils.get_total_norm(weight.grad for weight in trained.values() if weight.grad is not None)
+        if not bool(loss.detach().isfinite() & norm.isfinite()):
             break
         optimizer.step()
         optimizer.zero_grad()
@@ -192,10 +196,6 @@ def _widened(value: Any) -> Any:
     """A 16-bit tensor in fp32; anything else as it is."""
     is_narrow = isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < 4
     return value.float() if is_narrow else value
-
-
-def _are_finite(gradients: Iterable[Tensor | None]) -> bool:
-    return all(gradient is None or bool(gradient.isfinite().all()) for gradient in gradients)
 
 
 def _order(count: int, seed: int) -> Iterator[int]:

@@ -211,7 +211,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "English text": 24,
         "generate --chat": 61,
         "AdamW's rates carried over": 136,
-        "local reconstruction": 225,
+        "local reconstruction": 226,
         "compress": 545,
         "compress to sparse files": 75,
         "sparse products prepared once": 48,

@@ -84,10 +84,13 @@ def test_every_score_pattern_and_architecture(make, settings):
             assert int((target.weight.unflatten(1, (-1, m)) != 0).sum(-1).max()) <= n
 
 
-def test_16_bit_weights_are_trained_in_fp32_and_keep_their_dtype():
+@pytest.mark.parametrize("products", [torch.bfloat16, torch.float32])
+def test_16_bit_weights_are_trained_in_fp32_and_keep_their_dtype(pruned, products, monkeypatch):
+    monkeypatch.setattr(reconstruction, "product_dtype", lambda *_, **settings: products)
     result = reconstructed(model := make_llama().bfloat16())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert any(block["applied"] for block in result.reconstruction["blocks"])
+    blocks, wide = ([block["after"] for block in one.reconstruction["blocks"]] for one in (result, pruned.result))
+    assert blocks == pytest.approx(wide, rel=0.05)
 
 
 def test_one_block_is_trained_at_a_time(monkeypatch):
